@@ -1,0 +1,208 @@
+"""open_clip models: building, loading, saving, and encoding text without padding.
+
+An **architecture** is a name of open_clip's (`ViT-B-32`) or a model_cfg mapping, as in open_clip_config.json:
+
+    {embed_dim: 64, vision_cfg: {image_size: 24, patch_size: 8, width: 96, layers: 3, head_width: 32},
+     text_cfg: {context_length: 12, width: 64, heads: 2, layers: 1}}
+
+A **model folder** is what open_clip's `local-dir:` schema reads: open_clip_config.json (model and preprocessing) and
+open_clip_model.safetensors. Only this module knows how open_clip loads things; torch is imported inside functions.
+Shapes: B batch, T tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core import storage
+from pipeline.core.errors import ConfigError, WinnowError, suggestion
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+Architecture = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A model with what belongs to it: `preprocess` (PIL image -> [3, H, W] float32) and `tokenizer`."""
+
+    model: Any
+    preprocess: Any
+    tokenizer: Any
+    device: str
+
+
+def check_architecture(architecture: Architecture, place: str) -> None:
+    """None. Raises ConfigError when open_clip has no such architecture, or a mapping lacks a part."""
+    if isinstance(architecture, str):
+        import open_clip
+
+        if architecture not in open_clip.list_models() and not architecture.startswith("hf-hub:"):
+            raise ConfigError(
+                f"{place} = {architecture}, expected an architecture of open_clip."
+                + suggestion(architecture, open_clip.list_models())
+            )
+        return
+    for part in ("embed_dim", "vision_cfg", "text_cfg"):
+        if part not in architecture:
+            raise ConfigError(
+                f"{place}.{part} is missing, expected a model_cfg with embed_dim, vision_cfg and text_cfg"
+            )
+
+
+def model_config(architecture: Architecture) -> dict[str, Any]:
+    """The model_cfg mapping of an architecture given by name or as a mapping."""
+    if not isinstance(architecture, str):
+        return json.loads(json.dumps(architecture))
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise WinnowError(f"architecture = {architecture}, expected one of open_clip's")
+    return config
+
+
+def build(architecture: Architecture, image_size_px: int | None = None, **options: Any) -> Clip:
+    """A model with random weights on the CPU in float32, for training. Seed torch before the call.
+
+    Args:
+        image_size_px: overrides the architecture's own; None keeps it.
+        options: keywords of open_clip.create_model_and_transforms (`init_logit_scale`, `force_patch_dropout`, ...).
+    """
+    import open_clip
+
+    if isinstance(architecture, str):
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            architecture, pretrained=None, force_image_size=image_size_px, output_dict=True, **options
+        )
+        return Clip(model, preprocess, open_clip.get_tokenizer(architecture), "cpu")
+    with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+        _write_config(folder, architecture, preprocess=None)
+        return _open_folder(folder, load_weights=False, force_image_size=image_size_px, **options)
+
+
+def _open_folder(folder: str, load_weights: bool, **options: Any) -> Clip:
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        name, load_weights=load_weights, output_dict=True, **options
+    )
+    return Clip(model, preprocess, open_clip.get_tokenizer(name), "cpu")
+
+
+def _write_config(folder: str, architecture: Architecture, preprocess: Mapping[str, Any] | None) -> None:
+    config: dict[str, Any] = {"model_cfg": model_config(architecture), "preprocess_cfg": dict(preprocess or {})}
+    with open(os.path.join(folder, CONFIG_FILE), "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=1, sort_keys=True)
+
+
+def preprocess_config(model: Any) -> dict[str, Any]:
+    """The preprocessing of an open_clip model as plain values: size, mean, std, interpolation, resize_mode."""
+    import open_clip
+
+    config = open_clip.get_model_preprocess_cfg(model)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def save(model: Any, architecture: Architecture, folder: str) -> None:
+    """None; writes a model folder that plain open_clip opens as `local-dir:FOLDER`, with its preprocessing.
+
+    Its open_clip_model.safetensors also loads as `pretrained=` of an architecture known by name.
+    """
+    from safetensors.torch import save as to_bytes
+
+    config = model_config(architecture)
+    size = model.visual.image_size
+    config["vision_cfg"] = {**config["vision_cfg"], "image_size": size[0] if isinstance(size, tuple) else size}
+    with tempfile.TemporaryDirectory(prefix="winnow-") as temporary:
+        _write_config(temporary, config, preprocess_config(model))
+        with open(os.path.join(temporary, CONFIG_FILE), "rb") as file:
+            storage.write_bytes(storage.join(folder, CONFIG_FILE), file.read())
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    storage.write_bytes(storage.join(folder, WEIGHTS_FILE), to_bytes(state))
+
+
+def load(source: Mapping[str, Any], device: str = "cpu") -> Clip:
+    """A trained model in eval mode on `device`.
+
+    Args:
+        source: {"folder": model folder} or {"architecture": name or mapping, "pretrained": open_clip tag or weights
+            file}. Random weights are refused: scores of an untrained model look like scores.
+
+    Raises:
+        ConfigError: no weights, an unknown tag.
+        WinnowError: weights that can't be fetched or do not fit.
+    """
+    import open_clip
+
+    if source.get("folder"):
+        with storage.local_folder(source["folder"]) as folder:
+            if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
+                raise WinnowError(f"{source['folder']}: expected a model folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+            clip = _open_folder(folder, load_weights=True)
+        return _ready(clip, device)
+    architecture, pretrained = source.get("architecture"), source.get("pretrained")
+    if not pretrained:
+        raise ConfigError(f"model {architecture}: no pretrained weights given; an untrained model can't score")
+    if not (storage.is_url(pretrained) or os.path.exists(pretrained)):
+        tags = open_clip.list_pretrained_tags_by_model(architecture) if isinstance(architecture, str) else []
+        if pretrained not in tags:
+            raise ConfigError(
+                f"model {architecture}: pretrained = {pretrained}, expected a weights file or a tag of open_clip."
+                + suggestion(pretrained, tags)
+            )
+    try:
+        if isinstance(architecture, str) and not storage.is_url(pretrained):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=pretrained, output_dict=True
+            )
+            return _ready(Clip(model, preprocess, open_clip.get_tokenizer(architecture), "cpu"), device)
+        clip = build(architecture)
+        with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+            weights = pretrained
+            if storage.is_url(pretrained):
+                weights = os.path.join(folder, storage.name_of(pretrained))
+                with open(weights, "wb") as file:
+                    file.write(storage.read_bytes(pretrained))
+            open_clip.load_checkpoint(clip.model, weights)
+        return _ready(clip, device)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise WinnowError(f"model {architecture}: weights {pretrained} can't be loaded: {error}") from error
+
+
+def _ready(clip: Clip, device: str) -> Clip:
+    model = clip.model.to(device).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return Clip(model, clip.preprocess, clip.tokenizer, device)
+
+
+def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:
+    """[B, D] text features, equal to model.encode_text's up to rounding, computed without the batch's padding.
+
+    Under a causal mask what follows the end-of-text token can't change its feature, so columns after the longest
+    caption are cut. Other text towers get the tokens as they are.
+    """
+    import torch
+    from open_clip.transformer import text_global_pool
+    from torch.nn import functional
+
+    if getattr(model, "attn_mask", None) is None or getattr(model, "text_pool_type", None) != "argmax":
+        return model.encode_text(tokens_BT, normalize=normalize)
+    length = int(tokens_BT.argmax(dim=-1).max()) + 1
+    tokens_BT = tokens_BT[:, :length]
+    dtype = model.transformer.get_cast_dtype()
+    hidden_BTD = model.token_embedding(tokens_BT).to(dtype) + model.positional_embedding[:length].to(dtype)
+    hidden_BTD = model.transformer(hidden_BTD, attn_mask=model.attn_mask[:length, :length])
+    features_BD = text_global_pool(model.ln_final(hidden_BTD), tokens_BT, "argmax")
+    if model.text_projection is not None:
+        project = model.text_projection
+        features_BD = project(features_BD) if isinstance(project, torch.nn.Linear) else features_BD @ project
+    return functional.normalize(features_BD, dim=-1) if normalize else features_BD

@@ -1,0 +1,324 @@
+"""The experiment's configuration: one strict YAML file, then `--set a.b=value` on top.
+
+No includes, no inheritance, no environment. Every error is one line with file, key, value and expectation, before any
+work starts. What a name means (a stage's parameters, a recipe, a task) is checked by whoever owns it; this module
+owns the shape of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from pipeline.core import storage
+from pipeline.core.errors import ConfigError, suggestion
+
+NAME = re.compile(r"[a-z][a-z0-9_]*$")
+
+
+class Model(pydantic.BaseModel):
+    """Base of all parts of the config: frozen, strict, unknown keys refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Resources(Model):
+    """What one worker of a step gets. `workers` is the most that run at once; None: as many as the cluster holds."""
+
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+    memory_gb: float | None = Field(None, gt=0)
+    workers: int | None = Field(None, ge=1)
+    labels: dict[str, str] = {}
+    batch_size: int | None = Field(None, ge=1)
+    max_concurrent: int | None = Field(None, ge=1)
+
+
+class PoolConfig(Model):
+    """Where pairs come from: one source, or several by name; and how they are cut into shards."""
+
+    source: Any
+    shard_size: int = Field(10_000, ge=1, le=1_000_000)
+    sample: float = Field(1.0, gt=0, le=1)
+
+
+class ModelConfig(Model):
+    """A model that scores: published weights (architecture, pretrained), or a training in this run (recipe, on)."""
+
+    architecture: str | dict[str, Any] | None = None
+    pretrained: str | None = None
+    recipe: str | None = None
+    on: str | None = None
+    seed: int = Field(0, ge=0)
+
+
+class TrainConfig(Model):
+    """The budget that all strategies share, and the seeds of its repetitions."""
+
+    recipe: str
+    seeds: list[int] = Field([0], min_length=1)
+
+
+class EvalConfig(Model):
+    """The tasks, by name below `root` (a folder, or `demo` for the demo world's own) or with a path each."""
+
+    tasks: list[str | dict[str, Any]] = Field(min_length=1)
+    root: str | None = None
+
+
+class Config(Model):
+    """One experiment."""
+
+    root: str
+    seed: int = Field(0, ge=0)  # of the train sets' shuffle
+    pool: PoolConfig
+    references: dict[str, PoolConfig] = {}
+    models: dict[str, ModelConfig] = {}
+    recipes: dict[str, dict[str, Any]] = {}
+    stages: list[str | dict[str, Any]] = []
+    strategies: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    compare: list[str] = Field(min_length=1)
+    baseline: str | None = None
+    train: TrainConfig
+    eval: EvalConfig
+    cluster: dict[str, Resources] = {}
+
+    def resources(self, name: str) -> Resources:
+        """The resources of a step, by the name it has in `cluster:`."""
+        return self.cluster.get(name, Resources())
+
+
+def load(path: str, overrides: Sequence[str] = (), in_job: bool = False) -> Config:
+    """The checked configuration, with absolute paths for `root`.
+
+    Args:
+        overrides: `a.b=value` strings; values are YAML. A list takes an index (`eval.tasks.0=x`).
+        in_job: True inside a Ray job, where a relative root would land in Ray's own session folder.
+
+    Raises:
+        ConfigError: naming file, key, value and what was expected.
+    """
+    try:
+        text = storage.read_bytes(path).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read as a config: {error}") from error
+    data = parse_yaml(text, path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(data).__name__}")
+    for override in overrides:
+        apply_override(data, override)
+    config = validate(Config, data, path)
+    if not storage.is_url(config.root) and not os.path.isabs(os.path.expanduser(config.root)) and in_job:
+        raise ConfigError(f"{path}: root = {config.root}, expected an absolute path or a URL inside a Ray job")
+    _check_names(config, path)
+    return config.model_copy(update={"root": storage.absolute(config.root)})
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the traps taken out: 5e-4 is a number, on/off/yes/no and 12:30 are words, keys are unique."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: [
+        (tag, regex)
+        for tag, regex in entries
+        if tag
+        not in (
+            "tag:yaml.org,2002:bool",
+            "tag:yaml.org,2002:int",
+            "tag:yaml.org,2002:float",
+            "tag:yaml.org,2002:timestamp",
+        )
+    ]
+    for key, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            key = key_node.value  # `5:` or `true:` as a key is a name
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", key_node.start_mark)
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def parse_yaml(text: str, path: str) -> Any:
+    """The parsed YAML. Raises ConfigError naming file and line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}, expected YAML") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply, expected YAML") from error
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """None; sets one `a.b.c=value` in the parsed file. Raises ConfigError when it has no `=` or no such place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as train.recipe=debug")
+    *parents, last = key.split(".")
+    target: Any = data
+    for depth, name in enumerate(parents):
+        place = ".".join(parents[: depth + 1])
+        target = _child(target, name, place, create=True)
+    value = parse_yaml(text, f"--set {key}")
+    if isinstance(target, list):
+        target[_index(target, last, key)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise ConfigError(f"--set {key}: {'.'.join(parents)} is {target!r}, expected a mapping or a list")
+
+
+def _child(target: Any, name: str, place: str, create: bool) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, name, place)]
+    if isinstance(target, dict):
+        if create and target.get(name) is None:
+            target[name] = {}
+        return target[name]
+    raise ConfigError(f"--set {place}: there is {target!r}, expected a mapping or a list")
+
+
+def _index(target: list, name: str, place: str) -> int:
+    if not name.isdigit() or int(name) >= len(target):
+        raise ConfigError(f"--set {place}: expected an index below {len(target)}, found {name}")
+    return int(name)
+
+
+def validate(kind: type[pydantic.BaseModel], data: Any, place: str) -> Any:
+    """The checked model of class `kind`. Raises ConfigError with the first fault as one line that starts with `place`.
+
+    Other modules use this for the parts of the config that they own.
+    """
+    try:
+        return kind.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_describe(error, kind, place)) from error
+
+
+EXPECTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "missing": lambda c: "a value (the key is missing)",
+    "int_type": lambda c: "a whole number",
+    "int_from_float": lambda c: "a whole number",
+    "float_type": lambda c: "a number",
+    "string_type": lambda c: "text",
+    "bool_type": lambda c: "true or false",
+    "list_type": lambda c: "a list",
+    "dict_type": lambda c: "a mapping",
+    "model_type": lambda c: "a mapping",
+    "model_attributes_type": lambda c: "a mapping",
+    "greater_than": lambda c: f"a number > {c['gt']:g}",
+    "greater_than_equal": lambda c: f"a number >= {c['ge']:g}",
+    "less_than": lambda c: f"a number < {c['lt']:g}",
+    "less_than_equal": lambda c: f"a number <= {c['le']:g}",
+    "literal_error": lambda c: f"one of {c['expected']}",
+    "too_short": lambda c: f"at least {c['min_length']} entry",
+    "finite_number": lambda c: "a finite number",
+}
+
+
+def _describe(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], place: str) -> str:
+    faults = error.errors()
+    # An unknown key explains most other faults beside it: name it first.
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    path = [str(part) for part in fault["loc"] if not _is_union_tag(part)]
+    key = ".".join(path)
+    joint = ": " if place.endswith((".yaml", ".yml", ".json")) or storage.is_url(place) else "."
+    where = f"{place}{joint}{key}" if key else place
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(kind, path[:-1])
+        return f"{where} is an unknown key.{suggestion(path[-1], known)}"
+    if fault["type"] == "value_error":
+        return f"{where}: {fault['ctx']['error']}"
+    if fault["type"] == "missing":
+        return f"{where} is missing, expected a value"
+    expected = EXPECTED.get(fault["type"], lambda c: fault["msg"])(fault.get("ctx", {}))
+    value = fault["input"]
+    hint = ""
+    if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
+        hint = " (a number without quotes)"
+    return f"{where} = {value if not isinstance(value, (dict, list)) else _short(value)}, expected {expected}{hint}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(("dict[", "list[")))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
+    for name in path:
+        field = kind.model_fields.get(name) if hasattr(kind, "model_fields") else None
+        if field is None:
+            continue  # a key of a dict of models, or a list index
+        kind = field.annotation
+        for inner in getattr(kind, "__args__", ()):
+            if isinstance(inner, type) and issubclass(inner, pydantic.BaseModel):
+                kind = inner
+    return list(kind.model_fields) if hasattr(kind, "model_fields") else []
+
+
+def _check_names(config: Config, path: str) -> None:
+    """Names are lower-case words, and every name that is used is defined."""
+    for section in ("references", "models", "strategies", "recipes"):
+        for name in getattr(config, section):
+            if not NAME.match(name):
+                raise ConfigError(
+                    f"{path}: {section}.{name}: expected a name of a-z, 0-9 and _, starting with a letter"
+                )
+    for index, name in enumerate(config.compare):
+        if name not in config.strategies:
+            raise ConfigError(
+                f"{path}: compare.{index} = {name}, expected a strategy.{suggestion(name, config.strategies)}"
+            )
+    if len(set(config.compare)) != len(config.compare):
+        raise ConfigError(f"{path}: compare = {config.compare}, expected each strategy once")
+    if config.baseline is not None and config.baseline not in config.compare:
+        raise ConfigError(
+            f"{path}: baseline = {config.baseline}, expected a compared strategy."
+            + suggestion(config.baseline, config.compare)
+        )
+    if len(set(config.train.seeds)) != len(config.train.seeds) or min(config.train.seeds) < 0:
+        raise ConfigError(f"{path}: train.seeds = {config.train.seeds}, expected different numbers >= 0")
+    for name, model in config.models.items():
+        place = f"{path}: models.{name}"
+        if (model.recipe is None) != (model.on is None):
+            raise ConfigError(f"{place}: expected recipe and on together (a training in this run)")
+        if (model.recipe is None) == (model.architecture is None):
+            raise ConfigError(f"{place}: expected either architecture and pretrained, or recipe and on")
+        if model.architecture is not None and not model.pretrained:
+            raise ConfigError(
+                f"{place}.pretrained is missing, expected a tag or a weights file; an untrained model can't score"
+            )
+        if model.on is not None and model.on not in config.references and model.on not in config.strategies:
+            choices = [*config.references, *config.strategies]
+            raise ConfigError(
+                f"{place}.on = {model.on}, expected a reference or a strategy.{suggestion(model.on, choices)}"
+            )

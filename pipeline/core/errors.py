@@ -1,0 +1,74 @@
+"""The errors that users see, as a tree.
+
+WinnowError            exit code 1   something went wrong in this run: a file, a shard, a step
+  ConfigError          exit code 2   the configuration or the command line is wrong: nothing was started
+  ImageError           (a row)       an image that can't be used; `reason` is one of FAILURES
+  StepError            exit code 1   a step failed; the message names its shards and their causes
+
+Both exit without a traceback. Any other exception is a bug of ours and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+FAILURES = {
+    "missing_image": "the sample has no image",
+    "missing_caption": "the sample has no caption, or a blank one",
+    "bad_caption": "the caption is not valid UTF-8",
+    "bad_metadata": "the sample's json can't be read",
+    "undecodable": "the image does not decode",
+    "unsupported_format": "the bytes are of no image format that is read here",
+    "too_many_pixels": "the image is above the pixel cap",
+    "truncated_tar": "the archive ends inside this sample or before it",
+    "repeated_uid": "an earlier row of the pool has the same uid",
+    "repeated_key": "an earlier sample of the archive has the same key",
+}
+
+
+class WinnowError(Exception):
+    """Base of the errors that end a run with one clear line."""
+
+    exit_code = 1
+
+
+class ConfigError(WinnowError):
+    """The configuration or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class StepError(WinnowError):
+    """A step failed after its retries."""
+
+
+class ImageError(WinnowError):
+    """An image that can't be used; `reason` is a key of FAILURES."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.detail)
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """The tail of an error message: the nearest choice, then all of them (at most 30)."""
+    names = [str(choice) for choice in choices]
+    near = difflib.get_close_matches(str(word), names, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    if not names:
+        return hint
+    listed = ", ".join(sorted(names)[:30]) + (", ..." if len(names) > 30 else "")
+    return f"{hint} Choose from: {listed}"
+
+
+def one_line(error: BaseException, max_chars: int = 500) -> str:
+    """The error's class and message on one line, cut to `max_chars`; a WinnowError's message alone."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, WinnowError):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= max_chars else text[: max_chars - 3] + "..."

@@ -1,0 +1,80 @@
+"""Guarded decoding of untrusted image bytes.
+
+The header is read first; nothing above the pixel cap is decoded. Only formats of FORMATS are opened, whatever the
+bytes claim. Orientation (EXIF) is applied only where asked: training data wants the picture as people see it, while
+published benchmarks ignore it.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+from pipeline.core.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 64_000_000  # 8000 x 8000; open_clip's own header check is 25M, photos of phones reach 50M
+FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}
+EXTENSIONS = {
+    "jpg": "jpg",
+    "jpeg": "jpg",
+    "png": "png",
+    "webp": "webp",
+    "gif": "gif",
+    "bmp": "bmp",
+    "tif": "tiff",
+    "tiff": "tiff",
+}
+ORIENTATION_TAG = 0x0112
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image with its header read and its pixels not yet decoded. Raises ImageError."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise ImageError("undecodable", "no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; size limits are ours, below
+            image = Image.open(io.BytesIO(data), formats=list(FORMATS))
+    except UnidentifiedImageError as error:
+        raise ImageError("unsupported_format", f"{len(data)} bytes of no known image format") from error
+    except Exception as error:  # a hostile header can raise almost anything inside Pillow
+        raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+    width_px, height_px = image.size
+    if width_px * height_px > max_pixels:
+        raise ImageError("too_many_pixels", f"{width_px} x {height_px} pixels, at most {max_pixels}")
+    if width_px < 1 or height_px < 1:
+        raise ImageError("undecodable", f"{width_px} x {height_px} pixels")
+    return image
+
+
+def decode_rgb(data: bytes, apply_orientation: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The decoded image, mode RGB (alpha dropped as `convert` does, which is what open_clip trains on).
+
+    Raises:
+        ImageError: not an image, truncated, or above the pixel cap.
+    """
+    from PIL import ImageOps
+
+    image = open_image(data, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            if apply_orientation and image.getexif().get(ORIENTATION_TAG, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert("RGB")
+    except Exception as error:  # a hostile body can raise almost anything inside Pillow
+        raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def format_of(image: Image.Image) -> str:
+    """The file extension of the image's own format, whatever its file was called: jpg, png, webp, ..."""
+    return FORMATS[image.format]

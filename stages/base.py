@@ -1,0 +1,62 @@
+"""What a stage is: something that adds columns to every row of a pool, and never drops or reorders rows.
+
+A stage is a frozen dataclass. Its fields are the parameters that change values, and so part of its identity; where
+and how fast it runs (devices, workers, batch size) is `cluster:` in the config and never a field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive ok rows of one shard.
+
+    `columns` holds lists of equal length: `uid`, the pool's own columns (caption, width_px, ...) and those that the
+    stage `needs`. `image_bytes` and `images` (PIL, RGB, upright) are there when the stage reads them.
+    """
+
+    columns: Mapping[str, list]
+    image_bytes: Sequence[bytes] | None = None
+    images: Sequence[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.columns["uid"])
+
+
+@dataclass(frozen=True)
+class LoadContext:
+    """What a worker offers a stage: `device` (`cpu`, `cuda`), `threads`, and the `model` that its config names.
+
+    `model` is what pipeline.core.clip_model.load takes, or None for a stage without one.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    model: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A map stage: columns of a row from that row alone."""
+
+    version: ClassVar[int] = 1  # bump when any output value changes
+    reads: ClassVar[str] = "caption"  # caption | bytes | pixels | columns
+    needs: ClassVar[tuple[str, ...]] = ()  # columns of earlier stages
+    adds: ClassVar[Mapping[str, str]] = {}  # column -> bool, int32, int64, float32, string, or float16[] (any width)
+    batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
+
+    def external_files(self) -> Mapping[str, str]:
+        """{parameter: path} of files outside the pool that decide values; their content is part of the identity."""
+        return {}
+
+    def load(self, context: LoadContext) -> Any:
+        """The state that process() gets: weights, tables. Called once per worker."""
+        return None
+
+    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
+        """{column: one value per row} for exactly the columns of `adds`; None or NaN where there is no value."""
+        raise NotImplementedError

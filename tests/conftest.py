@@ -1,0 +1,98 @@
+"""Fixtures shared by all tests: a clean environment, real data, a real S3 endpoint, a real Ray."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+for name in [name for name in os.environ if name.startswith("RAY_")]:
+    del os.environ[name]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what this machine can't run: GPU tests without CUDA, real data outside CI. In CI real data is a must."""
+    data = real_data_folder()
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            import torch
+
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if item.get_closest_marker("real_data") and not data.is_dir() and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason=f"no real data at {data}; set WINNOW_REAL_DATA"))
+
+
+def real_data_folder() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("WINNOW_REAL_DATA") or ROOT.parent / "shared" / "data").resolve()
+
+
+@pytest.fixture(scope="session")
+def real_data_path() -> pathlib.Path:
+    """The folder of real image-text data; a test that asks for it fails in CI when it is missing."""
+    folder = real_data_folder()
+    assert folder.is_dir(), f"real data expected at {folder}; set WINNOW_REAL_DATA"
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+    """The address of a real S3 server (moto) on loopback."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(address, timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise RuntimeError("the S3 test server did not start")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture
+def s3_url(s3_endpoint, monkeypatch, request):
+    """`s3://bucket` of a fresh, empty bucket; credentials and endpoint are in the environment, as for users."""
+    import boto3
+    import fsspec
+
+    settings = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for key, value in settings.items():
+        monkeypatch.setenv(key, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    bucket = "b" + str(abs(hash(request.node.nodeid)) % 10**12)
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
