@@ -1,0 +1,371 @@
+"""The leaderboard: what each strategy reached, how it differs from the baseline, and what may be concluded.
+
+A seed counts for a strategy when its training has a result for every task; averages are over these seeds only, and
+there is no average over some of the tasks. Fractions are 0..1 here; percent is made where text is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.core import storage
+from pipeline.report.records import Result, Run, Strategy, Task, Training, read_run
+from pipeline.report.uncertainty import (
+    CONFIDENCE,
+    Influence,
+    Uncertainty,
+    could_be_best,
+    half_width,
+    holm,
+    two_sided_p,
+    uncertainty_of_means,
+)
+
+LEVEL = 1 - CONFIDENCE
+MANY_TASKS = 8  # above this, tables show the averages of groups in place of their tasks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds with half of its 95 % interval; both None where tasks are missing."""
+
+    value: float | None = None
+    half_width: float | None = None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A strategy minus the baseline.
+
+    `p` is the t-test's, `p_holm` the same adjusted for the number of strategies; both None with one seed.
+    `verdict`: better, worse, tie, or "item noise only".
+    """
+
+    value: float
+    half_width: float
+    p: float | None = None
+    p_holm: float | None = None
+    verdict: str = "item noise only"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of scores: one task, or the average of a group."""
+
+    name: str
+    tasks: tuple[str, ...]
+
+    @property
+    def is_group(self) -> bool:
+        return self.tasks != (self.name,)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy. `rank` is 0 for the baseline, then by average; None without an average."""
+
+    rank: int | None
+    strategy: Strategy
+    scores: dict[str, Estimate]  # by column
+    task_scores: dict[str, Estimate]
+    average: Estimate
+    standing: str  # best, could be best, worse, oracle, or "" when nothing can be said
+    difference: Difference | None
+    task_differences: dict[str, Difference]
+    seeds: tuple[int, ...]  # that count
+    seeds_planned: int
+    samples_seen: int | None
+    repeats: float | None
+    cpu_hours: float | None  # mean of its trainings
+    gpu_hours: float | None
+    checkpoints: tuple[str, ...]
+    reasons: tuple[str, ...]  # why something is missing, one line each
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """All rows, and what they say."""
+
+    run: Run
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    one_seed: bool
+    headline: str
+    notes: tuple[str, ...]
+
+
+def build_report(run_path: str) -> Leaderboard:
+    """The leaderboard of the run in this folder, written beside run.json as leaderboard.{md,json,csv,html}."""
+    from pipeline.report.page import html_page
+    from pipeline.report.tables import csv_text, json_text, markdown_text
+
+    board = make_leaderboard(read_run(run_path))
+    folder = storage.absolute(run_path)
+    texts = {"md": markdown_text(board), "json": json_text(board), "csv": csv_text(board), "html": html_page(board)}
+    for extension, text in texts.items():
+        storage.write_bytes(storage.join(folder, f"leaderboard.{extension}"), text.encode("utf-8", "replace"))
+    return board
+
+
+def make_leaderboard(run: Run) -> Leaderboard:
+    """The leaderboard of these records."""
+    values = {(r.strategy, r.seed, r.task): r for r in run.results if r.value is not None}
+    trainings = {s.name: [t for t in run.trainings if t.strategy == s.name] for s in run.compared}
+    names = [s.name for s in run.compared]
+    all_tasks = tuple(task.name for task in run.tasks)
+    columns = _columns(run.tasks)
+
+    def seeds_with(tasks: Sequence[str], strategy: str) -> list[int]:
+        return [t.seed for t in trainings[strategy] if all((strategy, t.seed, task) in values for task in tasks)]
+
+    complete = {name: seeds_with(all_tasks, name) if all_tasks else [] for name in names}
+
+    def measure(tasks: tuple[str, ...]) -> _Measured:
+        seeds = {name: complete[name] or seeds_with(tasks, name) for name in names}
+        return _measure(values, {name: found for name, found in seeds.items() if found}, tasks)
+
+    by_column = {column.name: measure(column.tasks) for column in columns}
+    by_task = {task: measure((task,)) for task in all_tasks}
+    average = _measure(values, {name: seeds for name, seeds in complete.items() if seeds}, all_tasks)
+
+    differences = average.differences(run.baseline)
+    task_differences = {task: measured.differences(run.baseline) for task, measured in by_task.items()}
+    standings = _standings(run.compared, average)
+    ranks = _ranks(average, run.baseline)
+    rows = []
+    for strategy in run.compared:
+        name = strategy.name
+        done = [t for t in trainings[name] if t.checkpoint and not t.error]
+        seen = [t.facts["samples_seen"] for t in done if t.facts.get("samples_seen") is not None]
+        rows.append(
+            Row(
+                rank=ranks.get(name),
+                strategy=strategy,
+                scores={c.name: by_column[c.name].estimate(name, _missing(c.tasks, name, values)) for c in columns},
+                task_scores={t: by_task[t].estimate(name, _missing((t,), name, values)) for t in all_tasks},
+                average=average.estimate(name, _missing_for_average(all_tasks, trainings[name], values)),
+                standing=standings.get(name, ""),
+                difference=differences.get(name),
+                task_differences={t: found[name] for t, found in task_differences.items() if name in found},
+                seeds=tuple(complete[name]),
+                seeds_planned=len(trainings[name]),
+                samples_seen=max(seen) if seen else None,
+                repeats=max(seen) / strategy.kept_samples if seen and strategy.kept_samples else None,
+                cpu_hours=_mean_fact(done, "cpu_hours"),
+                gpu_hours=_mean_fact(done, "gpu_hours"),
+                checkpoints=tuple(t.checkpoint for t in done if t.checkpoint),
+                reasons=_reasons(run, strategy, trainings[name], values),
+            )
+        )
+    rows.sort(key=lambda row: (row.rank is None, row.rank or 0, row.strategy.name != run.baseline))
+    one_seed = bool(average.names) and average.uncertainty.seed_df == 0
+    headline = _headline(rows, run.baseline, len(all_tasks), one_seed, average)
+    return Leaderboard(run, columns, tuple(rows), one_seed, headline, run.notes)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The means of the strategies that have every task asked for, and their uncertainty. S may be 0."""
+
+    names: list[str]
+    means: np.ndarray
+    uncertainty: Uncertainty
+
+    def estimate(self, name: str, missing: tuple[str, ...]) -> Estimate:
+        if name not in self.names:
+            return Estimate(missing=missing)
+        i = self.names.index(name)
+        variance, df = self.uncertainty.of_contrast(np.eye(len(self.names))[i])
+        return Estimate(float(self.means[i]), half_width(variance, df))
+
+    def contrast(self, name: str, other: str) -> tuple[float, float, float]:
+        """Value, variance and degrees of freedom of one strategy minus another."""
+        unit = np.eye(len(self.names))
+        weights = unit[self.names.index(name)] - unit[self.names.index(other)]
+        return (float(weights @ self.means), *self.uncertainty.of_contrast(weights))
+
+    def differences(self, baseline: str) -> dict[str, Difference]:
+        others = [name for name in self.names if name != baseline]
+        if baseline not in self.names or not others:
+            return {}
+        contrasts = {name: self.contrast(name, baseline) for name in others}
+        if self.uncertainty.seed_df == 0:
+            return {n: Difference(value, half_width(v, df)) for n, (value, v, df) in contrasts.items()}
+        p_values = [two_sided_p(*contrasts[name]) for name in others]
+        result = {}
+        for name, p, adjusted in zip(others, p_values, holm(p_values), strict=True):
+            value, variance, df = contrasts[name]
+            verdict = "tie" if adjusted > LEVEL else "better" if value > 0 else "worse"
+            result[name] = Difference(value, half_width(variance, df), p, adjusted, verdict)
+        return result
+
+
+def _measure(
+    values: Mapping[tuple[str, int, str], Result], seeds: Mapping[str, Sequence[int]], tasks: Sequence[str]
+) -> _Measured:
+    names = list(seeds)
+    scores = [
+        np.array([np.mean([values[name, seed, task].value for task in tasks]) for seed in seeds[name]])
+        for name in names
+    ]
+    influences = []
+    for task in tasks:
+        found = [[values[name, seed, task] for seed in seeds[name]] for name in names]
+        if found and all(result.influence is not None for results in found for result in results):
+            influences.append([_influence(results) for results in found])
+    means = np.array([y.mean() for y in scores])
+    return _Measured(names, means, uncertainty_of_means(scores, influences, len(tasks)))
+
+
+def _influence(results: Sequence[Result]) -> Influence:
+    groups = np.unique(np.concatenate([result.groups for result in results]))
+    by_seed = np.zeros((len(results), len(groups)))
+    for row, result in zip(by_seed, results, strict=True):
+        row[np.searchsorted(groups, result.groups)] = result.influence
+    return Influence(groups, by_seed)
+
+
+def _columns(tasks: Sequence[Task]) -> tuple[Column, ...]:
+    if len(tasks) <= MANY_TASKS or not any(task.group for task in tasks):
+        return tuple(Column(task.name, (task.name,)) for task in tasks)
+    members: dict[str, list[str]] = {}
+    for task in tasks:
+        members.setdefault(task.group or task.name, []).append(task.name)
+    return tuple(Column(name, tuple(inside)) for name, inside in members.items())
+
+
+def _missing(tasks: Sequence[str], name: str, values: Mapping[tuple[str, int, str], Result]) -> tuple[str, ...]:
+    have = {task for strategy, _, task in values if strategy == name}
+    return tuple(task for task in tasks if task not in have) or tuple(tasks)
+
+
+def _missing_for_average(
+    tasks: Sequence[str], trainings: Sequence[Training], values: Mapping[tuple[str, int, str], Result]
+) -> tuple[str, ...]:
+    """The tasks that some seed lacks, when no seed has all."""
+    return tuple(
+        task for task in tasks if not trainings or any((t.strategy, t.seed, task) not in values for t in trainings)
+    )
+
+
+def _mean_fact(trainings: Sequence[Training], name: str) -> float | None:
+    found = [float(t.facts[name]) for t in trainings if t.facts.get(name) is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _reasons(
+    run: Run, strategy: Strategy, trainings: Sequence[Training], values: Mapping[tuple[str, int, str], Result]
+) -> tuple[str, ...]:
+    if strategy.error:
+        return (strategy.error,)
+    seeds_by_reason: dict[str, list[int]] = {}
+    by_key = {(r.seed, r.task): r for r in run.results if r.strategy == strategy.name}
+    for training in trainings:
+        if training.error or not training.checkpoint:
+            seeds_by_reason.setdefault(f"training: {training.error or 'not done'}", []).append(training.seed)
+            continue
+        for task in run.tasks:
+            if (strategy.name, training.seed, task.name) not in values:
+                result = by_key.get((training.seed, task.name))
+                reason = f"{task.name}: {(result and result.error) or 'no result'}"
+                seeds_by_reason.setdefault(reason, []).append(training.seed)
+    return tuple(
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {reason}"
+        for reason, seeds in seeds_by_reason.items()
+    )
+
+
+def _ranks(average: _Measured, baseline: str) -> dict[str, int]:
+    """Rank by name: 0 the baseline, then by average; equal averages by name."""
+    means = dict(zip(average.names, average.means, strict=True))
+    others = sorted((name for name in means if name != baseline), key=lambda name: (-means[name], name))
+    return {name: rank for rank, name in enumerate(others, start=1)} | ({baseline: 0} if baseline in means else {})
+
+
+def _standings(strategies: Sequence[Strategy], average: _Measured) -> dict[str, str]:
+    """Best, could be best, worse. An oracle reads the truth, so it competes with nobody."""
+    oracles = {s.name for s in strategies if s.label == "oracle"}
+    contenders = [i for i, name in enumerate(average.names) if name not in oracles]
+    standings = {name: "oracle" for name in average.names if name in oracles}
+    if len(contenders) < 2 or average.uncertainty.seed_df == 0:
+        return standings
+    possible = could_be_best(average.means[contenders], average.uncertainty.subset(contenders))
+    for i, could in zip(contenders, possible, strict=True):
+        standings[average.names[i]] = ("best" if possible.sum() == 1 else "could be best") if could else "worse"
+    return standings
+
+
+def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool, average: _Measured) -> str:
+    """Who won, by how much, and whether that is more than noise."""
+    ranked = [row for row in rows if row.average.value is not None]
+    contenders = sorted(
+        (row for row in ranked if row.standing != "oracle"), key=lambda row: (-row.average.value, row.strategy.name)
+    )
+    if not contenders:
+        return "No strategy has results for every task, so there is nothing to compare."
+    first = contenders[0]
+    tasks = "1 task" if num_tasks == 1 else f"{num_tasks} tasks"
+    reached = f"{percent(first.average.value)} % on average over {tasks}"
+    if len(contenders) == 1:
+        return f"Only {first.strategy.name} has results for every task ({reached}), so there is nothing to compare."
+    if one_seed:
+        return (
+            f"{first.strategy.name} has the highest average, {percent(first.average.value)} %, but with one seed "
+            "the intervals hold item noise only; cannot name a winner."
+        )
+    if first.standing == "best" and (first.difference is None or first.difference.verdict == "better"):
+        second = contenders[1]
+        value, variance, df = average.contrast(first.strategy.name, second.strategy.name)
+        margin = f"{percent(value)} ± {percent(half_width(variance, df))} points"
+        ahead = f"{margin} ahead of {second.strategy.name}"
+        if first.strategy.name == baseline:
+            return f"{baseline} wins: {reached}, {ahead}. No filter helped here."
+        if second.strategy.name == baseline:
+            return f"{first.strategy.name} wins: {reached}, {ahead}{_meaning(first)}."
+        return f"{first.strategy.name} wins: {reached}, {_over(first, baseline)}, and {ahead}."
+    tied = [row.strategy.name for row in contenders[1:] if row.standing == "could be best"]
+    lead = f"{first.strategy.name} leads with {reached}"
+    if first.strategy.name != baseline:
+        lead += f", {_over(first, baseline)}"
+    if not tied:
+        return f"{lead}."
+    if len(tied) == 1:
+        return f"{lead}. It is a tie with {tied[0]}: either could be best."
+    return f"{lead}. It is a tie with {', '.join(tied[:-1])} and {tied[-1]}: any of them could be best."
+
+
+def _over(row: Row, baseline: str) -> str:
+    if row.difference is None:
+        return f"with no {baseline} to compare with"
+    width = percent(row.difference.half_width)
+    direction = "above" if row.difference.value >= 0 else "below"
+    return f"{percent(abs(row.difference.value))} ± {width} points {direction} {baseline}{_meaning(row)}"
+
+
+def _meaning(row: Row) -> str:
+    if row.difference is None:
+        return ""
+    more = "more than noise" if row.difference.verdict in ("better", "worse") else "within noise"
+    return f" ({more}, {p_text(row.difference.p_holm)})"
+
+
+def percent(fraction: float) -> str:
+    """The fraction in percent with one decimal, without a sign: `43.2`."""
+    return f"{100 * fraction:.1f}"
+
+
+def points(fraction: float) -> str:
+    """A difference in percentage points with its sign: `+3.1`."""
+    text = f"{100 * fraction:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def p_text(p: float | None) -> str:
+    """A p-value as `p = 0.012` or `p < 0.001`."""
+    if p is None:
+        return ""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -1,0 +1,327 @@
+"""The leaderboard as one HTML page: no script, no network, light and dark, for a screen, a phone, and paper.
+
+Everything is built of escaped elements, and a content security policy forbids scripts and requests besides.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+from pipeline.report import plots
+from pipeline.report.leaderboard import Estimate, Leaderboard, Row, p_text, percent, points
+from pipeline.report.markup import Markup, element, raw
+from pipeline.report.records import Strategy
+from pipeline.report.tables import SCOPE, estimate_text, header_lines, hours, number, plain, remarks, seeds_text
+
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def html_page(board: Leaderboard) -> str:
+    """The whole page."""
+    title = plain(board.run.header["config_name"] or board.run.name)
+    style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=CONTENT_POLICY),
+        element("title", f"{title} · winnow"),
+        element("style", raw(style)),
+    )
+    body = element(
+        "main",
+        _header(board, title),
+        element("div", _differences(board), _kept(board), class_="pair"),
+        _table(board),
+        element("div", _per_task(board), _curves(board), class_="pair"),
+        _funnels(board),
+        element("div", _overlap(board), _tasks(board), class_="pair"),
+        _cost(board),
+        _provenance(board),
+        element("footer", "Made by winnow from the records of this run; the same records give the same page."),
+    )
+    return "<!doctype html>\n" + element("html", head, element("body", body), lang="en") + "\n"
+
+
+def _section(title: str, about: str, *content) -> Markup:
+    return element("section", element("h2", title), element("p", about, class_="about"), *content)
+
+
+def _nothing(reason: str) -> Markup:
+    return element("p", reason, class_="about")
+
+
+def _header(board: Leaderboard, title: str) -> Markup:
+    header = board.run.header
+    pool, recipe = header["pool"], header["recipe"]
+    trained = sum(len(row.checkpoints) for row in board.rows)
+    planned = sum(row.seeds_planned for row in board.rows)
+    # numbers stay on the line of their units
+    headline = re.sub(r" (?=%|±)|(?<=±) |(?<=\bp) | (?=0\.\d)", "\N{NO-BREAK SPACE}", plain(board.headline))
+    facts = [
+        ("pool", f"{number(pool['rows'])} pairs"),
+        ("usable", f"{number(pool['ok'])} pairs"),
+        ("samples seen", number(recipe.get("samples_seen"))),
+        ("strategies", str(len(board.rows))),
+        ("trainings", f"{trained}" if trained == planned else f"{trained} of {planned}"),
+        ("tasks", str(len(board.run.tasks))),
+        ("date", str(header["date"] or "-")),
+    ]
+    return element(
+        "header",
+        element("h1", element("b", "winnow"), f" · {title}"),
+        element("p", headline, class_="headline"),
+        element("p", SCOPE, class_="scope"),
+        element("dl", *(element("div", element("dt", k), element("dd", plain(v))) for k, v in facts), class_="facts"),
+    )
+
+
+def _differences(board: Leaderboard) -> Markup:
+    about = (
+        f"Average over all tasks, each strategy minus {plain(board.run.baseline)}, with 95 % intervals "
+        + ("from item noise only: with one seed, how much another seed would move them is unknown."
+           if board.one_seed
+           else "from seeds and items. Better and worse are significant after Holm's correction; a tie is not.")
+    )  # fmt: skip
+    plot = plots.forest_plot(board) or _nothing(f"{plain(board.run.baseline)} or all others have no average yet.")
+    return _section(f"Difference to {plain(board.run.baseline)}", about, plot)
+
+
+def _table(board: Leaderboard) -> Markup:
+    """The main table; what matters most comes first, for screens that can't show all of it."""
+    tasks = {task.name: task for task in board.run.tasks}
+    columns = []
+    for column in board.columns:
+        mark = "*" if any(tasks[name].in_domain for name in column.tasks) else ""
+        if column.is_group:
+            small = [f"mean of {len(column.tasks)}"]
+        else:
+            task = tasks[column.name]
+            small = [plain(task.metric), *([] if task.chance is None else [f"chance {percent(task.chance)}"])]
+        columns.append(element("th", _name(column.name), mark, *(element("small", line) for line in small)))
+    heads = [
+        element("th", "#"),
+        element("th", "strategy", class_="text"),
+        element("th", "average", element("small", f"of {len(tasks)}")),
+        element("th", f"vs {plain(board.run.baseline)}"),
+        element("th", "standing", class_="text"),
+        *columns,
+        element("th", "kept", element("small", "of pool")),
+        element("th", "seeds"),
+        element("th", "samples seen", element("small", "repeats")),
+        element("th", "cost", element("small", "per training")),
+        element("th", "checkpoint", class_="text"),
+    ]
+    rows = [_table_row(board, row) for row in board.rows]
+    table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
+    reasons = [
+        element("li", element("b", plain(row.strategy.name)), ": ", plain(reason))
+        for row in board.rows
+        for reason in row.reasons
+    ]
+    return _section(
+        "Leaderboard",
+        f"{plain(board.run.baseline)} first, then by average. Percent; ± is half of the 95 % interval.",
+        element("div", table, class_="scroll"),
+        element("ul", *reasons, class_="reasons") if reasons else None,
+        element("ul", *(element("li", plain(line)) for line in _table_notes(board)), class_="notes"),
+    )
+
+
+def _name(name: str, num_chars: int = 28) -> Markup:
+    """The name, cut where it is long, whole in its tooltip."""
+    text = plain(name)
+    if len(text) <= num_chars:
+        return element("span", text)
+    return element("span", text[: num_chars - 1] + "…", title=text)
+
+
+def _table_notes(board: Leaderboard) -> list[str]:
+    shown_elsewhere = {f"{row.strategy.name}: {reason}" for row in board.rows for reason in row.reasons} | {SCOPE}
+    return [line for line in remarks(board) if line not in shown_elsewhere]
+
+
+def _table_row(board: Leaderboard, row: Row) -> Markup:
+    strategy, pool_rows = row.strategy, board.run.header["pool"]["rows"]
+    kept = strategy.kept_rows
+    of_pool = element("small", f"{percent(kept / pool_rows)} %") if kept is not None and pool_rows else None
+    label = element("small", plain(strategy.label)) if strategy.label and strategy.label != row.standing else None
+    more = element("small", f"and {len(row.checkpoints) - 1} more") if len(row.checkpoints) > 1 else None
+    repeats = "-" if row.repeats is None else f"{row.repeats:.3g} times"
+    is_baseline = strategy.name == board.run.baseline
+    cells = [
+        element("td", "-" if row.rank is None else str(row.rank)),
+        element("td", _name(strategy.name), label, class_="strategy"),
+        _score(row.average, "average"),
+        element("td", "baseline" if is_baseline else _difference(row)),
+        element("td", _standing(row.standing), class_="text"),
+        *(_score(row.scores[column.name]) for column in board.columns),
+        element("td", number(kept), of_pool),
+        element("td", seeds_text(row)),
+        element("td", number(row.samples_seen), element("small", repeats)),
+        element("td", hours(row)),
+        element("td", element("code", plain(row.checkpoints[0])) if row.checkpoints else "-", more, class_="text"),
+    ]
+    return element("tr", *cells, class_="baseline" if is_baseline else None)
+
+
+def _score(estimate: Estimate, class_: str | None = None) -> Markup:
+    if estimate.value is None:
+        return element("td", plain(estimate_text(estimate)) if class_ else "N/A", class_="missing")
+    return element("td", percent(estimate.value), element("small", f"± {percent(estimate.half_width)}"), class_=class_)
+
+
+def _difference(row: Row):
+    found = row.difference
+    if found is None:
+        return "-"
+    text = f"{points(found.value)} ± {percent(found.half_width)}"
+    class_ = {"better": "good-text", "worse": "bad-text"}.get(found.verdict)
+    detail = ", ".join(part for part in (found.verdict, p_text(found.p_holm)) if part)
+    return [element("span", text, class_=class_), element("small", detail)]
+
+
+def _standing(standing: str):
+    if not standing:
+        return "-"
+    class_ = {"best": "good", "could be best": "good", "worse": "neutral", "oracle": "oracle"}[standing]
+    return element("span", standing, class_=f"tag {class_}")
+
+
+def _kept(board: Leaderboard) -> Markup:
+    plot = plots.score_against_kept(board) or _nothing("No strategy has an average yet.")
+    return _section("Score against kept fraction", "Average over all tasks, with 95 % intervals.", plot)
+
+
+def _curves(board: Leaderboard) -> Markup:
+    plot = plots.training_curves(board)
+    rows = [row for row in board.rows if row.checkpoints]
+    about = "Loss, mean over seeds. A lower loss on easier data says nothing about the tasks."
+    return _section("Training", about, *([plots.legend(board, rows), plot] if plot else [_nothing("No metrics yet.")]))
+
+
+def _per_task(board: Leaderboard) -> Markup:
+    plot = plots.task_differences(board)
+    rows = [row for row in board.rows if row.task_differences]
+    return _section(
+        f"Per task, difference to {plain(board.run.baseline)}",
+        "95 % intervals, not corrected for their number. Hover for values; leaderboard.json holds them all.",
+        *(
+            [plots.legend(board, rows), element("div", plot, class_="tall")]
+            if plot
+            else [_nothing("No task has results to compare yet.")]
+        ),
+    )
+
+
+def _funnels(board: Leaderboard) -> Markup:
+    classes = plots.colour_classes(board)
+    pool = board.run.header["pool"]
+    parts = [_funnel(strategy, pool, classes[strategy.name]) for strategy in board.run.compared]
+    about = "What each rule left, of all rows of the pool."
+    return _section("Funnel", about, element("div", *parts, class_="funnels"))
+
+
+def _funnel(strategy: Strategy, pool: dict, class_: str) -> Markup:
+    if strategy.kept_rows is None:
+        body = [_nothing(plain(strategy.error or "no selection yet"))]
+    else:
+        steps = strategy.funnel or (("ok", pool["rows"], pool["ok"]),)
+        body = [_step(rule, rows_in, kept, pool["rows"], class_) for rule, rows_in, kept in steps]
+    return element("div", element("h3", plain(strategy.name)), *body)
+
+
+def _step(rule: str, rows_in: int, kept: int, pool_rows: int, class_: str) -> Markup:
+    share = kept / pool_rows if pool_rows else 0.0
+    bar = element("div", element("i", "", style=f"width:{100 * share:.2f}%"), class_=f"track {class_}")
+    removed = f" (\N{MINUS SIGN}{number(rows_in - kept)})" if rows_in != kept else ""
+    line = element("div", element("code", plain(rule)), element("span", number(kept) + removed))
+    return element("div", line, bar, class_="step")
+
+
+def _overlap(board: Leaderboard) -> Markup:
+    matrix, strategies = board.run.overlap, board.run.compared
+    about = "Jaccard index of the kept rows: shared by both, of those in either."
+    if board.run.overlap_one_in > 1:
+        about += f" Measured on every {board.run.overlap_one_in:,}th uid by hash."
+    if matrix is None:
+        return _section("Overlap", about, _nothing("One strategy only."))
+    head = element("tr", element("th", ""), *(element("th", str(i + 1)) for i in range(len(strategies))))
+    rows = []
+    for i, strategy in enumerate(strategies):
+        line = [element("td", f"{i + 1} ", _name(strategy.name), class_="text")]
+        for value in matrix[i].tolist():
+            if math.isnan(value):
+                line.append(element("td", "-"))
+                continue
+            # the tint stays pale enough for the text's colour in light and dark
+            mix = f"background:color-mix(in srgb, var(--accent) {round(8 + 42 * value)}%, var(--card))"
+            line.append(element("td", f"{value:.2f}", style=mix))
+        rows.append(element("tr", *line))
+    table = element("table", element("thead", head), element("tbody", *rows), class_="overlap")
+    return _section("Overlap", about, element("div", table, class_="scroll"))
+
+
+def _cost(board: Leaderboard) -> Markup:
+    heads = ["strategy", "uses beyond the pool", "cost per training", "trainings", "distinct samples", "most repeats"]
+    rows = []
+    for row in board.rows:
+        trainings = [t for t in board.run.trainings if t.strategy == row.strategy.name and t.facts]
+        distinct = [t.facts["unique_uids"] for t in trainings if t.facts.get("unique_uids") is not None]
+        repeats = [t.facts["max_repeats"] for t in trainings if t.facts.get("max_repeats") is not None]
+        cells = [
+            element("td", _name(row.strategy.name), class_="strategy"),
+            element("td", plain("; ".join(row.strategy.uses)) or "nothing", class_="text wrap"),
+            element("td", hours(row)),
+            element("td", str(len(row.checkpoints))),
+            element("td", number(max(distinct) if distinct else None)),
+            element("td", number(max(repeats) if repeats else None)),
+        ]
+        rows.append(element("tr", *cells))
+    head = element("tr", *(element("th", name, class_="text" if i < 2 else None) for i, name in enumerate(heads)))
+    table = element("table", element("thead", head), element("tbody", *rows))
+    about = "What a strategy needs beyond the pool's own pairs, and what it cost."
+    return _section("Used and spent", about, element("div", table, class_="scroll"))
+
+
+def _tasks(board: Leaderboard) -> Markup:
+    has_groups = any(task.group for task in board.run.tasks)
+    heads = ["task", "metric", "chance", "in-domain", *(["group"] if has_groups else [])]
+    rows = [
+        element(
+            "tr",
+            element("td", _name(task.title), class_="strategy"),
+            element("td", plain(task.metric), class_="text"),
+            element("td", "unknown" if task.chance is None else f"{percent(task.chance)} %"),
+            element("td", "yes *" if task.in_domain else "no"),
+            element("td", plain(task.group) or "-", class_="text") if has_groups else None,
+        )
+        for task in board.run.tasks
+    ]
+    left = ("task", "metric", "group")
+    head = element("tr", *(element("th", name, class_="text" if name in left else None) for name in heads))
+    table = element("table", element("thead", head), element("tbody", *rows))
+    return _section("Tasks", "What the average is over.", element("div", table, class_="scroll"))
+
+
+def _provenance(board: Leaderboard) -> Markup:
+    run = board.run
+    lines = [f"run            {run.name}", *(f"{label:<14} {text}" for label, text in header_lines(board))]
+    for strategy in run.compared:
+        lines += ["", f"{strategy.name}", f"  selection    {strategy.selection or 'the whole pool'}"]
+        lines.append(f"  train set    {strategy.train_set or '-'}")
+        lines += [f"  seed {t.seed:<7} {t.checkpoint or '-'}" for t in run.trainings if t.strategy == strategy.name]
+    recipe = json.dumps(run.header["recipe"], indent=1, sort_keys=True, ensure_ascii=False)
+    parts = [("Fingerprints", lines), ("Recipe", recipe.splitlines())]
+    if run.config_text:
+        parts.append(("Config", run.config_text.splitlines()))
+    results = [f"{r.strategy}  seed {r.seed}  {r.task}  {r.path or '-'}" for r in run.results]
+    parts.append(("Results", results))
+    blocks = [
+        element("details", element("summary", name), element("pre", "\n".join(plain(line) for line in block)))
+        for name, block in parts
+    ]
+    return _section("Where it comes from", "Every artifact behind this page, by fingerprint.", *blocks)

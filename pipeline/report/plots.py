@@ -1,0 +1,297 @@
+"""The page's plots as SVG elements. Colours come from the page's style sheet, so they follow light and dark.
+
+Drawn by hand rather than by matplotlib: the text stays text in the reader's font, any name can be drawn without font
+metrics or glyph warnings, colours are CSS classes, and equal numbers give equal bytes.
+A drawing is 440 units wide, so that its text is still legible on a phone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pipeline.report.leaderboard import Difference, Leaderboard, Row, percent, points
+from pipeline.report.markup import Markup, element
+from pipeline.report.tables import plain, strategy_text
+
+WIDTH = 440
+NUM_COLOURS = 8
+MAX_CURVE_POINTS = 80
+CHAR_UNITS = 7.4  # a generous width of one character; the text is 11.5 units high, 14 on a phone
+
+
+Scale = tuple[list[float], Callable[[float], float]]  # ticks, and the position of a value
+
+
+def colour_classes(board: Leaderboard) -> dict[str, str]:
+    """The CSS class of each strategy: `base` for the baseline, `c0` to `c7` for the others, in the config's order."""
+    others = [s.name for s in board.run.compared if s.name != board.run.baseline]
+    classes = {name: f"c{i % NUM_COLOURS}" + (" dashed" if i >= NUM_COLOURS else "") for i, name in enumerate(others)}
+    return classes | {board.run.baseline: "base"}
+
+
+def forest_plot(board: Leaderboard) -> Markup | None:
+    """Each strategy's difference to the baseline with its 95 % interval; None when there is no difference."""
+    rows = [row for row in board.rows if row.difference is not None]
+    if not rows:
+        return None
+    left, right, top, step = _label_width([strategy_text(row) for row in rows]), 112, 8, 36
+    height = top + step * len(rows) + 40
+    scale = _scale([row.difference for row in rows], left, WIDTH - right)
+    parts = [_zero_axis(scale, top, top + step * len(rows), f"points over {board.run.baseline}")]
+    for i, row in enumerate(rows):
+        y = top + step * (i + 0.5)
+        parts.append(_text(left - 12, y + 4, _cut(strategy_text(row)), anchor="end", class_="name"))
+        parts.append(_interval(scale, y, row.difference, _verdict_class(row.difference), strategy_text(row), 5.5))
+        x = WIDTH - right + 10
+        value = f"{points(row.difference.value)} ± {percent(row.difference.half_width)}"
+        parts.append(_text(x, y - 2, value, class_="number"))
+        parts.append(_text(x, y + 12, row.difference.verdict, class_="small"))
+    return _svg(height, parts, f"Differences to {board.run.baseline} with 95 % intervals")
+
+
+def task_differences(board: Leaderboard) -> Markup | None:
+    """Per task, each strategy's difference to the baseline with its 95 % interval; None when there is none."""
+    rows = [row for row in board.rows if row.task_differences]
+    tasks = [task for task in board.run.tasks if any(task.name in row.task_differences for row in rows)]
+    if not tasks:
+        return None
+    classes = colour_classes(board)
+    left, step, gap = _label_width([task.title for task in tasks]), 11, 16
+    found = [(task, [row for row in rows if task.name in row.task_differences]) for task in tasks]
+    bottom = 8 + sum(step * len(inside) + gap for _, inside in found)
+    scale = _scale([row.task_differences[task.name] for task, inside in found for row in inside], left, WIDTH - 20)
+    parts = [_zero_axis(scale, 8, bottom, f"points over {board.run.baseline}")]
+    y = 8 + gap / 2
+    for i, (task, inside) in enumerate(found):
+        if i:
+            parts.append(_line(0, y - gap / 2, WIDTH, y - gap / 2, "grid"))
+        middle = y + step * len(inside) / 2
+        parts.append(_text(left - 12, middle + 4, _cut(task.title + "*" * task.in_domain), anchor="end", class_="name"))
+        for row in inside:
+            difference = row.task_differences[task.name]
+            label = f"{task.title}, {strategy_text(row)}"
+            parts.append(_interval(scale, y + step / 2, difference, classes[row.strategy.name], label, 3.5))
+            y += step
+        y += gap
+    return _svg(bottom + 40, parts, f"Differences to {board.run.baseline} per task with 95 % intervals")
+
+
+def score_against_kept(board: Leaderboard) -> Markup | None:
+    """Average against the kept fraction of the pool, with 95 % intervals; None without an average."""
+    pool_rows = board.run.header["pool"]["rows"]
+    rows = [row for row in board.rows if row.average.value is not None and row.strategy.kept_rows and pool_rows]
+    if not rows:
+        return None
+    classes = colour_classes(board)
+    kept = {row.strategy.name: row.strategy.kept_rows / pool_rows for row in rows}
+    logarithmic = min(kept.values()) < 0.02
+    low_x = 10.0 ** math.floor(math.log10(min(kept.values()))) if logarithmic else 0.0
+    left, right, top, bottom = 44, WIDTH - 12, 12, 270
+
+    def x_of(fraction: float) -> float:
+        share = math.log(fraction / low_x) / -math.log(low_x) if logarithmic else fraction
+        return left + share * (right - left)
+
+    lows = [row.average.value - row.average.half_width for row in rows]
+    highs = [row.average.value + row.average.half_width for row in rows]
+    ticks = _ticks(100 * min(lows), 100 * max(highs))
+    y_of = _linear(ticks[0], ticks[-1], bottom, top)
+    parts = [_y_axis(ticks, y_of, left, right, "average, %")]
+    x_ticks = [10.0**e for e in range(round(math.log10(low_x)), 1)] if logarithmic else [0, 0.25, 0.5, 0.75, 1]
+    for tick in x_ticks:
+        parts.append(_text(x_of(tick), bottom + 18, f"{100 * tick:g}", anchor="middle", class_="small"))
+    parts.append(_text((left + right) / 2, bottom + 36, "kept, % of the pool", anchor="middle", class_="small"))
+    labels, marks = [], []
+    for row in rows:
+        name, x = row.strategy.name, x_of(kept[row.strategy.name])
+        value, width = 100 * row.average.value, 100 * row.average.half_width
+        y = y_of(value)
+        marks.append(
+            element(
+                "g",
+                _line(x, y_of(value - width), x, y_of(value + width), "bar"),
+                element("circle", cx=_n(x), cy=_n(y), r=5, class_="dot"),
+                _title(f"{strategy_text(row)}: {value:.1f} ± {width:.1f} %, kept {100 * kept[name]:.3g} % of the pool"),
+                class_=classes[name],
+            )
+        )
+        labels.append((x, y, _cut(strategy_text(row))))
+    parts += [*_labels(labels, right), *marks]  # no label hides a mark
+    return _svg(bottom + 44, parts, "Average against the kept fraction with 95 % intervals")
+
+
+def training_curves(board: Leaderboard) -> Markup | None:
+    """Loss against samples seen: the mean over seeds, and ln(batch), what guessing gives; None without metrics."""
+    classes = colour_classes(board)
+    curves = []
+    for strategy in board.run.compared:
+        lines = [t.curve for t in board.run.trainings if t.strategy == strategy.name and t.curve]
+        x, y = _mean_curve(lines)
+        if len(x) > 1:
+            curves.append((strategy.name, x, y))
+    if not curves:
+        return None
+    batch = board.run.header["recipe"].get("global_batch")
+    chance = math.log(batch) if isinstance(batch, int) and batch > 1 else None
+    left, right, top, bottom = 44, WIDTH - 12, 12, 270
+    highest = max([float(y.max()) for _, _, y in curves] + ([chance] if chance else []))
+    ticks = _ticks(min(float(y.min()) for _, _, y in curves), highest)
+    y_of = _linear(ticks[0], ticks[-1], bottom, top)
+    last = max(float(x[-1]) for _, x, _ in curves)
+    x_of = _linear(0, last, left, right)
+    parts = [_y_axis(ticks, y_of, left, right, "loss")]
+    for tick in _ticks(0, last):
+        if tick <= last * 1.001:
+            parts.append(_text(x_of(tick), bottom + 18, _short(tick), anchor="middle", class_="small"))
+    parts.append(_text((left + right) / 2, bottom + 36, "samples seen", anchor="middle", class_="small"))
+    if chance:
+        parts.append(_line(left, y_of(chance), right, y_of(chance), "reference"))
+        label = f"guessing: ln({batch}) = {chance:.2f}"
+        parts.append(_text(right, y_of(chance) - 5, label, anchor="end", class_="small halo"))
+    for name, x, y in curves:
+        path = "M" + " L".join(f"{_n(x_of(a))} {_n(y_of(b))}" for a, b in zip(x, y, strict=True))
+        title = _title(f"{name}: last loss {y[-1]:.3f}")
+        parts.append(element("g", element("path", d=path, class_="curve"), title, class_=classes[name]))
+    return _svg(bottom + 44, parts, "Training loss against samples seen")
+
+
+def _mean_curve(lines: Sequence[Sequence[dict[str, float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Loss over samples seen, averaged in at most MAX_CURVE_POINTS bins over all seeds."""
+    pairs = [
+        (float(point["samples_seen"]), float(point["loss"]))
+        for line in lines
+        for point in line
+        if point.get("samples_seen") is not None and point.get("loss") is not None and math.isfinite(point["loss"])
+    ]
+    if not pairs:
+        return np.empty(0), np.empty(0)
+    x, y = np.array(sorted(pairs)).T
+    steps, index = np.unique(x, return_inverse=True)
+    num_bins = min(MAX_CURVE_POINTS, len(steps))
+    bins = index * num_bins // len(steps)
+    count = np.bincount(bins)
+    return np.bincount(bins, weights=x) / count, np.bincount(bins, weights=y) / count
+
+
+def _svg(height: float, parts: Sequence[Markup], label: str) -> Markup:
+    return element("svg", *parts, viewBox=f"0 0 {WIDTH} {_n(height)}", role="img", aria_label=plain(label))
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}".replace("-0.0", "0.0").removesuffix(".0")
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return element("line", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), class_=class_)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", class_: str = "") -> Markup:
+    return element("text", plain(text), x=_n(x), y=_n(y), text_anchor=anchor, class_=class_ or None)
+
+
+def _title(text: str) -> Markup:
+    return element("title", plain(text))
+
+
+def _cut(text: str, num_chars: int = 22) -> str:
+    text = plain(text)
+    return text if len(text) <= num_chars else text[: num_chars - 1] + "…"
+
+
+def _label_width(texts: Sequence[str]) -> float:
+    return 20 + CHAR_UNITS * max(len(_cut(text)) for text in texts)
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _linear(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (stop - start)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to eight round numbers that enclose the range."""
+    span = max(high - low, 1e-9 * max(abs(high), 1.0), 1e-12)
+    rough = span / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
+
+
+def _scale(differences: Sequence[Difference], start: float, stop: float) -> Scale:
+    """Ticks in points that enclose zero and all intervals, and the position of a value in points."""
+    lows = [100 * (d.value - d.half_width) for d in differences]
+    highs = [100 * (d.value + d.half_width) for d in differences]
+    ticks = _ticks(min([0.0, *lows]), max([0.0, *highs]))
+    return ticks, _linear(ticks[0], ticks[-1], start, stop)
+
+
+def _zero_axis(scale: Scale, top: float, bottom: float, label: str) -> Markup:
+    ticks, x_of = scale
+    parts = [_line(x_of(tick), top, x_of(tick), bottom, "zero" if tick == 0 else "grid") for tick in ticks]
+    every = 2 if len(ticks) > 6 else 1
+    shown = [tick for tick in ticks if round(tick / (ticks[1] - ticks[0])) % every == 0]
+    parts += [
+        _text(x_of(t), bottom + 15, f"{t:+g}".replace("-", "\N{MINUS SIGN}") if t else "0", "middle", "small")
+        for t in shown
+    ]
+    parts.append(_text(x_of(ticks[0]) / 2 + x_of(ticks[-1]) / 2, bottom + 32, label, "middle", "small"))
+    return element("g", *parts)
+
+
+def _y_axis(ticks: Sequence[float], y_of, left: float, right: float, label: str) -> Markup:
+    parts = [_line(left, y_of(tick), right, y_of(tick), "grid") for tick in ticks]
+    parts += [_text(left - 8, y_of(tick) + 4, f"{tick:g}", "end", "small") for tick in ticks]
+    middle = y_of(ticks[0]) / 2 + y_of(ticks[-1]) / 2
+    turn = f"rotate(-90 12 {_n(middle)})"
+    turned = element("text", label, x=12, y=_n(middle), text_anchor="middle", class_="small", transform=turn)
+    return element("g", *parts, turned)
+
+
+def _interval(scale: Scale, y: float, difference: Difference, class_: str, label: str, radius: float) -> Markup:
+    _, x_of = scale
+    value, width = 100 * difference.value, 100 * difference.half_width
+    p = "" if difference.p is None else f", p = {difference.p:.2g}, with Holm's correction {difference.p_holm:.2g}"
+    return element(
+        "g",
+        _line(x_of(value - width), y, x_of(value + width), y, "bar"),
+        element("circle", cx=_n(x_of(value)), cy=_n(y), r=radius, class_="dot"),
+        _title(f"{label}: {points(difference.value)} ± {width:.1f} points, {difference.verdict}{p}"),
+        class_=class_,
+    )
+
+
+def _verdict_class(difference: Difference) -> str:
+    return {"better": "good", "worse": "bad"}.get(difference.verdict, "neutral")
+
+
+def _labels(labels: Sequence[tuple[float, float, str]], right: float) -> list[Markup]:
+    """Names beside their points, on the side that has room, moved down where they would overlap."""
+    taken: list[tuple[float, float, float]] = []  # left end, right end, baseline
+    placed = []
+    for x, y, text in sorted(labels, key=lambda label: label[1]):
+        width, fits = CHAR_UNITS * len(text), x + 10 + CHAR_UNITS * len(text) <= right
+        start, baseline = (x + 10 if fits else x - 10 - width), y + 4
+        while clash := [b for a, z, b in taken if a < start + width and start < z and abs(b - baseline) < 13]:
+            baseline = max(clash) + 13
+        taken.append((start, start + width, baseline))
+        placed.append(_text(x + 10 if fits else x - 10, baseline, text, "start" if fits else "end", "name halo"))
+    return placed
+
+
+def legend(board: Leaderboard, rows: Sequence[Row]) -> Markup:
+    """The strategies with their colours."""
+    classes = colour_classes(board)
+    items = [
+        element("li", element("span", "", class_=f"chip {classes[row.strategy.name]}"), plain(strategy_text(row)))
+        for row in rows
+    ]
+    return element("ul", *items, class_="legend")

@@ -1,0 +1,323 @@
+"""The leaderboard as text: terminal, Markdown, CSV, JSON.
+
+Names, reasons and captions are hostile: control characters never reach a terminal, Markdown and CSV are escaped.
+Percent in tables for people; fractions 0..1 in CSV and JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.report.leaderboard import Estimate, Leaderboard, Row, percent, points
+from pipeline.report.records import Task
+
+# the first to go where a terminal is too narrow
+EXPENDABLE = ("checkpoint", "samples seen", "cost", "of pool", "repeats", "seeds")
+SCOPE = "Claims are about this pool, recipe and task list only: the best filter changes with scale."
+
+
+def plain(text: object) -> str:
+    """The text on one line without control, direction or other unprintable characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def number(value: int | float | None) -> str:
+    """A count with thousands separated, or a dash."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def hours(row: Row) -> str:
+    """The mean cost of a training: GPU-hours where GPUs were used, else CPU-hours."""
+    if row.gpu_hours:
+        return f"{row.gpu_hours:.3g} GPU-h"
+    return "-" if row.cpu_hours is None else f"{row.cpu_hours:.3g} CPU-h"
+
+
+def seeds_text(row: Row) -> str:
+    """How many seeds count, of how many when some are missing."""
+    num = len(row.seeds)
+    return str(num) if num == row.seeds_planned else f"{num} of {row.seeds_planned}"
+
+
+def strategy_text(row: Row) -> str:
+    """The strategy's name, with its label where that adds something."""
+    strategy = row.strategy
+    return strategy.name + (f" ({strategy.label})" if strategy.label not in ("", strategy.name) else "")
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """The value in percent, or what is missing."""
+    if estimate.value is None:
+        return f"N/A (missing: {', '.join(estimate.missing)})" if estimate.missing else "N/A"
+    return percent(estimate.value)
+
+
+def difference_text(row: Row) -> str:
+    """The difference to the baseline in points with its interval and what it means."""
+    if row.difference is None:
+        return "-"
+    return f"{points(row.difference.value)} ± {percent(row.difference.half_width)}, {row.difference.verdict}"
+
+
+def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
+    """Column names and one list of texts per row: the leaderboard's main table."""
+    tasks = {task.name: task for task in board.run.tasks}
+    names = ["#", "strategy", "kept", "of pool"]
+    names += [c.name + ("" if not c.is_group else f" ({len(c.tasks)})") + _mark(c.tasks, tasks) for c in board.columns]
+    names += [f"average ({len(tasks)})", "±", f"vs {board.run.baseline}", "standing", "seeds", "samples seen"]
+    names += ["repeats", "cost", "checkpoint"]
+    pool_rows = board.run.header["pool"]["rows"]
+    body = []
+    for row in board.rows:
+        kept = row.strategy.kept_rows
+        scores = [row.scores[column.name].value for column in board.columns]
+        more = f" +{len(row.checkpoints) - 1}" if len(row.checkpoints) > 1 else ""
+        body.append(
+            [
+                "-" if row.rank is None else str(row.rank),
+                strategy_text(row),
+                number(kept),
+                "-" if kept is None or not pool_rows else f"{percent(kept / pool_rows)} %",
+                *("N/A" if score is None else percent(score) for score in scores),
+                estimate_text(row.average),
+                "-" if row.average.half_width is None else percent(row.average.half_width),
+                "baseline" if row.strategy.name == board.run.baseline else difference_text(row),
+                row.standing or "-",
+                seeds_text(row),
+                number(row.samples_seen),
+                "-" if row.repeats is None else f"{row.repeats:.3g}",
+                hours(row),
+                row.checkpoints[0] + more if row.checkpoints else "-",
+            ]
+        )
+    return names, body
+
+
+def _mark(names: Sequence[str], tasks: dict[str, Task]) -> str:
+    return "*" if any(tasks[name].in_domain for name in names) else ""
+
+
+def header_lines(board: Leaderboard) -> list[tuple[str, str]]:
+    """What was compared: (label, text) for pool, recipe, tasks, metric version, date."""
+    header = board.run.header
+    pool, recipe = header["pool"], header["recipe"]
+    failed = ", ".join(f"{reason} {number(count)}" for reason, count in sorted((pool.get("failed") or {}).items()))
+    counts = f"{number(pool['rows'])} rows, {number(pool['ok'])} ok" + (f"; {failed}" if failed else "")
+    tasks = "; ".join(task_text(task) for task in board.run.tasks)
+    settings = ", ".join(f"{key} {value}" for key, value in recipe.items() if _is_setting(key, value))
+    return [
+        ("pool", f"{pool['path']}: {counts}"),
+        ("recipe", f"{recipe.get('name', 'unnamed')}: {settings}" if settings else str(recipe.get("name", "unnamed"))),
+        ("tasks", tasks or "none"),
+        ("metric version", str(header["metric_version"])),
+        ("date", f"{header['date']}, winnow {header['winnow_version']}"),
+    ]
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    return key != "name" and type(value) in (int, float, str) and value != ""
+
+
+def task_text(task: Task) -> str:
+    """`objects: acc1, chance 10.0 %, in-domain`."""
+    chance = "chance unknown" if task.chance is None else f"chance {percent(task.chance)} %"
+    return f"{task.name}{'*' if task.in_domain else ''}: {task.metric}, {chance}" + (
+        ", in-domain" if task.in_domain else ""
+    )
+
+
+def remarks(board: Leaderboard) -> list[str]:
+    """What a reader must know beside the numbers, one sentence each."""
+    lines = []
+    if any(row.average.half_width is not None for row in board.rows):
+        lines.append(
+            "± is half of the 95 % interval, from item noise only (one seed)."
+            if board.one_seed
+            else "± is half of the 95 % interval, from seeds (variance pooled over strategies) and items. A verdict on "
+            f"a difference to {board.run.baseline} is a t-test with Holm's correction; the standing is by multiple "
+            "comparisons with the best."
+        )
+    if any(task.in_domain for task in board.run.tasks):
+        lines.append("* in-domain: training images of the task are in the pool.")
+    if any(row.standing == "oracle" for row in board.rows):
+        lines.append("An oracle reads the truth that no filter has: it shows what is possible, it does not compete.")
+    users: dict[tuple[str, ...], list[str]] = {}
+    for row in board.rows:
+        if row.strategy.uses:
+            users.setdefault(row.strategy.uses, []).append(row.strategy.name)
+    lines += [f"Used beyond the pool by {', '.join(names)}: {'; '.join(uses)}." for uses, names in users.items()]
+    for row in board.rows:
+        lines += [f"{row.strategy.name}: {reason}" for reason in row.reasons]
+    return [*lines, *board.notes, SCOPE]
+
+
+def terminal_table(board: Leaderboard, width: int | None = None) -> str:
+    """The leaderboard for a terminal. Columns that a given width can't hold are left out, the least important first."""
+    names, body = cells(board)
+    rows = [[plain(text) for text in line] for line in [names, *body]]
+    dropped = []
+    for name in EXPENDABLE:
+        if width is None or sum(_widths(rows)) + 2 * len(rows[0]) - 2 <= width:
+            break
+        index = rows[0].index(name)
+        rows = [line[:index] + line[index + 1 :] for line in rows]
+        dropped.append(name)
+    widths = _widths(rows)
+    lines = ["  ".join(_pad(text, widths[i], left=i == 1) for i, text in enumerate(line)).rstrip() for line in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    head = [f"{label}: {plain(text)}" for label, text in header_lines(board)]
+    tail = [plain(line) for line in remarks(board)]
+    if dropped:
+        tail.append(f"Left out here for want of width: {', '.join(dropped)}; leaderboard.md has them.")
+    return "\n".join([*head, "", *lines, "", plain(board.headline), *tail]) + "\n"
+
+
+def _widths(rows: list[list[str]]) -> list[int]:
+    return [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
+
+
+def _pad(text: str, width: int, left: bool) -> str:
+    return text.ljust(width) if left else text.rjust(width)
+
+
+def markdown_text(board: Leaderboard) -> str:
+    """The leaderboard as GitHub-flavoured Markdown."""
+    names, body = cells(board)
+    title = board.run.header["config_name"] or board.run.name
+    lines = [f"# {_markdown(title)}", "", f"**{_markdown(board.headline)}**", ""]
+    lines += [_markdown_row(names), "|" + "|".join("---" if i == 1 else "---:" for i in range(len(names))) + "|"]
+    lines += [_markdown_row(line) for line in body]
+    lines += ["", *(f"- {label}: {_markdown(text)}" for label, text in header_lines(board))]
+    lines += ["", *(f"- {_markdown(line)}" for line in remarks(board))]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(_markdown(text) for text in texts) + " |"
+
+
+def _markdown(text: object) -> str:
+    escaped = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join("\\" + c if c in "\\`*[]|" else c for c in escaped)
+
+
+def csv_text(board: Leaderboard) -> str:
+    """One line per strategy, fractions 0..1. Empty where there is no value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    tasks = [task.name for task in board.run.tasks]
+    names = ["rank", "strategy", "label", "kept_rows", "kept_fraction", *(_csv_text(task) for task in tasks)]
+    names += ["average", "average_half_width", "difference", "difference_half_width", "p", "p_holm", "verdict"]
+    names += ["standing", "num_seeds", "samples_seen", "repeats", "cpu_hours", "gpu_hours", "checkpoints", "missing"]
+    writer.writerow([*names, "reasons"])
+    for record in (_row_record(board, row) for row in board.rows):
+        difference = record["difference"] or {}
+        values = [record["rank"], record["strategy"], record["label"], record["kept_rows"], record["kept_fraction"]]
+        values += [record["tasks"][task]["value"] for task in tasks]
+        values += [record["average"]["value"], record["average"]["half_width"]]
+        values += [difference.get(key) for key in ("value", "half_width", "p", "p_holm", "verdict")]
+        values += [record["standing"], len(record["seeds"]), record["samples_seen"], record["repeats"]]
+        values += [record["cpu_hours"], record["gpu_hours"], " ".join(record["checkpoints"])]
+        values += [" ".join(record["average"]["missing"]), "; ".join(record["reasons"])]
+        writer.writerow([_csv_text(value) if isinstance(value, str) else value for value in values])
+    return out.getvalue()
+
+
+def _csv_text(text: str) -> str:
+    """The text such that no spreadsheet takes it for a formula."""
+    text = plain(text)
+    return "'" + text if text[:1] in ("=", "+", "-", "@") else text
+
+
+def json_text(board: Leaderboard) -> str:
+    """Everything in the leaderboard, with the value of every seed; fractions 0..1."""
+    run = board.run
+    value = {
+        "run": run.name,
+        **run.header,
+        "baseline": run.baseline,
+        "headline": board.headline,
+        "one_seed": board.one_seed,
+        "tasks": [
+            {
+                "name": task.name,
+                "type": task.kind,
+                "metric": task.metric,
+                "chance": task.chance,
+                "group": task.group,
+                "in_domain": task.in_domain,
+                "title": task.title,
+            }
+            for task in run.tasks
+        ],
+        "rows": [_row_record(board, row) for row in board.rows],
+        "results": [
+            {"strategy": r.strategy, "seed": r.seed, "task": r.task, "value": r.value, "path": r.path, "error": r.error}
+            for r in run.results
+        ],
+        "overlap": None if run.overlap is None else [[_rounded(x) for x in line] for line in run.overlap.tolist()],
+        "overlap_strategies": [strategy.name for strategy in run.compared],
+        "notes": list(board.notes),
+    }
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
+    strategy = row.strategy
+    pool_rows = board.run.header["pool"]["rows"]
+    fraction = strategy.kept_rows / pool_rows if strategy.kept_rows is not None and pool_rows else None
+    return {
+        "rank": row.rank,
+        "strategy": strategy.name,
+        "label": strategy.label,
+        "uses": list(strategy.uses),
+        "selection": strategy.selection,
+        "train_set": strategy.train_set,
+        "kept_rows": strategy.kept_rows,
+        "kept_samples": strategy.kept_samples,
+        "kept_fraction": _rounded(fraction),
+        "tasks": {name: _estimate_record(estimate) for name, estimate in row.task_scores.items()},
+        "groups": {c.name: _estimate_record(row.scores[c.name]) for c in board.columns if c.is_group},
+        "average": _estimate_record(row.average),
+        "standing": row.standing,
+        "difference": _difference_record(row.difference),
+        "task_differences": {name: _difference_record(found) for name, found in row.task_differences.items()},
+        "seeds": list(row.seeds),
+        "seeds_planned": row.seeds_planned,
+        "samples_seen": row.samples_seen,
+        "repeats": _rounded(row.repeats),
+        "cpu_hours": _rounded(row.cpu_hours),
+        "gpu_hours": _rounded(row.gpu_hours),
+        "checkpoints": list(row.checkpoints),
+        "reasons": list(row.reasons),
+    }
+
+
+def _estimate_record(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "value": _rounded(estimate.value),
+        "half_width": _rounded(estimate.half_width),
+        "missing": list(estimate.missing),
+    }
+
+
+def _difference_record(difference) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    return {
+        "value": _rounded(difference.value),
+        "half_width": _rounded(difference.half_width),
+        "p": _rounded(difference.p),
+        "p_holm": _rounded(difference.p_holm),
+        "verdict": difference.verdict,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Eight significant digits: what differs between linear algebra libraries does not change the file."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")

@@ -1,0 +1,459 @@
+"""The report on run folders written here: real parquet and JSON files with simulated outcomes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.core.artifact import Artifact, finish
+from pipeline.core.errors import WinnowError
+from pipeline.report import build_report, make_leaderboard, read_run, terminal_table
+
+POOL_ROWS, POOL_OK, SAMPLES_SEEN = 10_000, 9_900, 16_000
+# name: (fraction of the pool, ability in standard normal units, label, uses)
+STRATEGIES = {
+    "no_filter": (None, -0.9, "", ()),
+    "random30": (0.3, -0.92, "", ()),
+    "clip_top30": (0.3, -0.25, "", ("scorer: small CLIP trained on the trusted reference (3000 pairs)",)),
+    "basic_and_clip": (0.21, -0.22, "", ("scorer: small CLIP trained on the trusted reference (3000 pairs)",)),
+    "trusted_only": (0.05, -0.4, "", ("trusted reference: 3000 pairs",)),
+    "planted_truth": (0.4, 0.5, "oracle", ("truth columns of the demo world",)),
+}
+TASKS = {
+    "objects": ("zeroshot_classification", "acc1", 0.1),
+    "objects_shifted": ("zeroshot_classification", "mean_per_class_recall", 0.1),
+    "colours": ("zeroshot_classification", "acc5", 0.5),
+    "retrieval": ("zeroshot_retrieval", "mean_recall@1", None),
+}
+
+
+def write_artifact(root: Path, kind: str, identity: dict, facts: dict, files: dict) -> str:
+    artifact = Artifact(str(root), kind, identity)
+    folder = root / artifact.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if isinstance(content, pa.Table):
+            pq.write_table(content, folder / name)
+        elif isinstance(content, np.ndarray):
+            np.save(folder / name, content)
+        else:
+            (folder / name).write_text(content)
+    finish(artifact, facts)
+    return artifact.name
+
+
+def write_selection(root: Path, name: str, fraction: float, uids: np.ndarray, rng) -> str:
+    kept = int(POOL_OK * fraction)
+    chosen = np.sort(rng.permutation(uids)[:kept], order=("f0", "f1"))
+    funnel = [
+        {"rule": "ok", "rows_in": POOL_ROWS, "rows_kept": POOL_OK},
+        {"rule": "caption_words > 2", "rows_in": POOL_OK, "rows_kept": 8000},
+        {"rule": f"top {fraction} by clip_score", "rows_in": 8000, "rows_kept": kept},
+    ]
+    facts = {"pool_rows": POOL_ROWS, "ok_rows": POOL_OK, "kept_rows": kept, "kept_samples": kept, "funnel": funnel}
+    return write_artifact(root, "selection", {"name": name}, facts, {"uids.npy": chosen})
+
+
+def predictions(task: str, ability: float, rng, difficulty: np.ndarray, own: np.ndarray) -> tuple[pa.Table, dict]:
+    """A probit model: item j is right when ability + difficulty_j + own_j + noise > 0."""
+    right = ability + difficulty + own + rng.normal(size=len(difficulty)) > 0
+    num = len(right)
+    if task != "retrieval":
+        label = (np.arange(num) % 10).astype(np.int32)
+        prediction = np.where(right, label, (label + 1) % 10).astype(np.int32)
+        items = [f"item{j:05d}" for j in range(num)]
+        second = np.where(rng.random(num) < 0.3, label, (label + 2) % 10).astype(np.int32)
+        top5 = np.stack(
+            [prediction, np.where(right, (label + 2) % 10, second), *[(label + c) % 10 for c in (3, 4, 5)]], 1
+        )
+        table = pa.table({"item": items, "label": label, "prediction": prediction, "correct": right})
+        table = table.append_column("top5", pa.array(list(top5), pa.list_(pa.int32())))
+        acc5 = (top5 == label[:, None]).any(axis=1).mean()
+        per_class = [right[label == c].mean() for c in range(10)]
+        return table, {"acc1": right.mean(), "acc5": acc5, "mean_per_class_recall": float(np.mean(per_class))}
+    # five captions an image: rows 0..4 of each block of six start from a text, the last from the image
+    direction = np.where(np.arange(num) % 6 < 5, "text_to_image", "image_to_text")
+    group = np.arange(num) // 6
+    table = pa.table({
+        "item": [f"{g}/{j}" for j, g in enumerate(group)], "direction": direction,
+        "group": [f"image{g:04d}" for g in group], "hit@1": right, "hit@5": right, "hit@10": right,
+    })  # fmt: skip
+    image, text = right[direction == "text_to_image"].mean(), right[direction == "image_to_text"].mean()
+    metrics = {"image_retrieval_recall@1": image, "text_retrieval_recall@1": text, "mean_recall@1": (image + text) / 2}
+    return table, metrics
+
+
+def write_run(root: Path, seeds=(0, 1, 2), strategies=STRATEGIES, tasks=TASKS, rename=None, num_items=600) -> Path:
+    """A run folder; `rename` maps strategy and task names to others, to plant hostile ones."""
+    rename = rename or {}
+    rng = np.random.default_rng(7)
+    uids = np.empty(POOL_OK, dtype="u8,u8")
+    uids["f0"], uids["f1"] = rng.integers(0, 2**63, POOL_OK), rng.integers(0, 2**63, POOL_OK)
+    difficulty = {task: np.repeat(rng.normal(0, 0.8, num_items // 6), 6) for task in tasks}
+    data = {
+        "config_name": "demo", "date": "2026-11-24T16:00:00Z", "winnow_version": "0.1.0", "metric_version": 1,
+        "recipe": {"name": "demo", "samples_seen": SAMPLES_SEEN, "global_batch": 64, "model": {"embed_dim": 64}},
+        "pool": {"path": "pool-3f2a91c0d4e7", "rows": POOL_ROWS, "ok": POOL_OK, "failed": {"undecodable": 100}},
+        "strategies": [], "tasks": [], "trainings": [], "results": [], "baseline": "no_filter",
+    }  # fmt: skip
+    for task, (kind, metric, chance) in tasks.items():
+        name = rename.get(task, task)
+        data["tasks"].append({
+            "name": name, "type": kind, "metric": metric, "chance": chance, "group": "", "in_domain": task == "colours",
+            "title": name.capitalize() if name == task else name,
+        })  # fmt: skip
+    for strategy, (fraction, ability, label, uses) in strategies.items():
+        name = rename.get(strategy, strategy)
+        selection = None if fraction is None else write_selection(root, strategy, fraction, uids, rng)
+        data["strategies"].append({
+            "name": name, "selection": selection, "train_set": f"train_set-{len(name):012x}", "compared": True,
+            "label": label, "uses": [rename.get(use, use) for use in uses], "error": None,
+        })  # fmt: skip
+        own = {task: rng.normal(0, 0.4, num_items) for task in tasks}
+        for seed in seeds:
+            steps = SAMPLES_SEEN // 64
+            kept = POOL_OK if fraction is None else int(POOL_OK * fraction)
+            lines = []
+            for step in range(1, steps + 1):
+                loss = 1.6 - ability + 2.5 * np.exp(-step / 60) + rng.normal(0, 0.05)
+                point = {"step": step, "samples_seen": step * 64, "loss": loss, "lr": 1e-3, "logit_scale": 14.0}
+                lines.append(json.dumps(point | {"samples_per_s": 900.0}))
+            facts = {"samples_seen": SAMPLES_SEEN, "wall_s": 18.0, "gpu_hours": 0.0, "cpu_hours": 0.005}
+            facts |= {"unique_uids": min(kept, SAMPLES_SEEN), "max_repeats": -(-SAMPLES_SEEN // kept)}
+            identity = {"strategy": strategy, "seed": seed}
+            checkpoint = write_artifact(root, "checkpoint", identity, facts, {"metrics.jsonl": "\n".join(lines) + "\n"})
+            data["trainings"].append({"strategy": name, "seed": seed, "checkpoint": checkpoint, "error": None})
+            luck = rng.normal(0, 0.08)
+            for task, (kind, _, _) in tasks.items():
+                table, metrics = predictions(task, ability + luck, rng, difficulty[task], own[task])
+                result = {"dataset": task, "model": "demo", "pretrained": checkpoint, "task": kind, "language": "en"}
+                result["metrics"] = {key: float(value) for key, value in metrics.items()}
+                files = {"result.json": json.dumps(result), "predictions.parquet": table}
+                path = write_artifact(root, "results", identity | {"task": task}, {}, files)
+                entry = {"strategy": name, "seed": seed, "task": rename.get(task, task), "path": path, "error": None}
+                data["results"].append(entry)
+    run = root / "runs" / "2026-11-24T16-00-00Z_demo"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps(data))
+    (run / "config.yaml").write_text("root: runs\nstrategies:\n  no_filter: {}\n")
+    return run
+
+
+def edit_run(run: Path, change) -> None:
+    data = json.loads((run / "run.json").read_text())
+    change(data)
+    (run / "run.json").write_text(json.dumps(data))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture(scope="module")
+def board(run):
+    return build_report(str(run))
+
+
+def row_of(board, name):
+    return next(row for row in board.rows if row.strategy.name == name)
+
+
+def test_baseline_is_row_0_then_by_average(board):
+    assert [row.rank for row in board.rows] == list(range(6))
+    assert board.rows[0].strategy.name == "no_filter"
+    averages = [row.average.value for row in board.rows[1:]]
+    assert averages == sorted(averages, reverse=True)
+
+
+def test_average_is_the_mean_of_tasks_and_seeds(board, run):
+    data = json.loads((run / "run.json").read_text())
+    metric = {task["name"]: task["metric"] for task in data["tasks"]}
+    values = [
+        json.loads((run.parents[1] / r["path"] / "result.json").read_text())["metrics"][metric[r["task"]]]
+        for r in data["results"]
+        if r["strategy"] == "clip_top30"
+    ]
+    assert len(values) == 12
+    assert row_of(board, "clip_top30").average.value == pytest.approx(np.mean(values), abs=1e-12)
+
+
+def test_planted_gaps_are_found_and_equals_tie(board):
+    assert row_of(board, "clip_top30").difference.verdict == "better"
+    assert row_of(board, "basic_and_clip").difference.verdict == "better"
+    assert row_of(board, "random30").difference.verdict == "tie"
+    assert row_of(board, "no_filter").standing == row_of(board, "random30").standing == "worse"
+    assert row_of(board, "planted_truth").standing == "oracle"
+    # abilities -0.25 and -0.22 with a seed noise of 0.08: neither excludes the other
+    assert {row_of(board, name).standing for name in ("clip_top30", "basic_and_clip")} == {"could be best"}
+    assert "tie" in board.headline
+    assert "planted_truth" not in board.headline
+
+
+def test_a_clear_winner_is_named_with_its_margin(tmp_path):
+    strategies = {name: STRATEGIES[name] for name in ("no_filter", "clip_top30")} | {"sharp": (0.2, 0.8, "", ())}
+    board = make_leaderboard(read_run(str(write_run(tmp_path, strategies=strategies))))
+    assert row_of(board, "sharp").standing == "best"
+    number = r"\d+\.\d"
+    expected = (
+        rf"sharp wins: {number} % on average over 4 tasks, {number} ± {number} points above no_filter "
+        rf"\(more than noise, p < 0\.001\), and {number} ± {number} points ahead of clip_top30\."
+    )
+    assert re.fullmatch(expected, board.headline)
+
+
+def test_one_seed_names_no_winner(tmp_path):
+    board = build_report(str(write_run(tmp_path, seeds=(0,))))
+    assert board.one_seed
+    assert "item noise only; cannot name a winner" in board.headline
+    assert {row.standing for row in board.rows} == {"", "oracle"}
+    for row in board.rows[1:]:
+        assert row.difference.verdict == "item noise only"
+        assert row.difference.p is None
+        assert 0 < row.difference.half_width < 0.05
+    assert "item noise only" in (tmp_path / "runs/2026-11-24T16-00-00Z_demo/leaderboard.html").read_text()
+
+
+def test_missing_task_gives_no_average(tmp_path):
+    run = write_run(tmp_path)
+
+    def change(data):
+        data["results"] = [r for r in data["results"] if (r["strategy"], r["task"]) != ("clip_top30", "colours")]
+        training = next(t for t in data["trainings"] if (t["strategy"], t["seed"]) == ("random30", 1))
+        training |= {"checkpoint": None, "error": "CUDA out of memory"}
+        for result in data["results"]:
+            if (result["strategy"], result["seed"]) == ("random30", 1):
+                result |= {"path": None, "error": "needs a training that failed"}
+        data["strategies"][4]["error"] = "trusted: no such reference"
+        data["trainings"] = [t for t in data["trainings"] if t["strategy"] != "trusted_only"]
+        data["results"] = [r for r in data["results"] if r["strategy"] != "trusted_only"]
+
+    edit_run(run, change)
+    board = build_report(str(run))
+    text = terminal_table(board)
+    row = row_of(board, "clip_top30")
+    assert row.rank is None
+    assert row.average.value is None
+    assert row.difference is None
+    assert row.task_scores["objects"].value is not None
+    assert row.task_scores["colours"].value is None
+    assert "N/A (missing: colours)" in text
+    assert "clip_top30: seeds 0, 1, 2: colours: no result" in text
+    row = row_of(board, "random30")
+    assert row.seeds == (0, 2)
+    assert row.seeds_planned == 3
+    assert row.average.value is not None
+    assert row.reasons == ("seed 1: training: CUDA out of memory",)
+    assert "2 of 3" in text
+    assert "trusted_only: trusted: no such reference" in text
+    assert [row.strategy.name for row in board.rows if row.rank is None] == ["clip_top30", "trusted_only"]
+
+
+def test_unreadable_results_are_reasons_not_crashes(tmp_path):
+    run = write_run(tmp_path)
+    results = json.loads((run / "run.json").read_text())["results"]
+    (tmp_path / results[0]["path"] / "predictions.parquet").write_bytes(b"not parquet")
+    (tmp_path / results[1]["path"] / "result.json").write_text('{"metrics": {"acc1": 0.5}}')
+    (tmp_path / results[2]["path"] / "result.json").unlink()
+    reasons = " | ".join(row_of(build_report(str(run)), "no_filter").reasons)
+    assert "seed 0: objects: ArrowInvalid" in reasons
+    assert "has no metric mean_per_class_recall, only acc1" in reasons
+    assert "seed 0: colours: FileNotFoundError" in reasons
+
+
+def test_result_that_contradicts_its_predictions_is_noted(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1))
+    path = tmp_path / json.loads((run / "run.json").read_text())["results"][0]["path"] / "result.json"
+    path.write_text(json.dumps({"metrics": {"acc1": 0.75}}))
+    assert any("result.json says acc1 = 0.750000, its predictions say" in note for note in build_report(str(run)).notes)
+
+
+def test_tasks_without_a_metric_are_left_out_and_unknown_item_noise_is_said(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1))
+
+    def change(data):
+        data["tasks"][0]["metric"] = None
+        for result in data["results"]:
+            path = tmp_path / result["path"] / "result.json"
+            content = json.loads(path.read_text())
+            if result["task"] == "objects_shifted":
+                content["metrics"]["macro_f1"] = content["metrics"]["acc1"]
+            path.write_text(json.dumps(content))
+        data["tasks"][1]["metric"] = "macro_f1"
+
+    edit_run(run, change)
+    board = build_report(str(run))
+    assert [column.name for column in board.columns] == ["objects_shifted", "colours", "retrieval"]
+    assert board.rows[1].average.value is not None
+    assert "objects: no metric that counts, so it is left out" in board.notes
+    assert sum("the item noise of macro_f1 is not known here" in note for note in board.notes) == 1
+
+
+def test_rebuild_gives_the_same_bytes(run, board):
+    names = [f"leaderboard.{extension}" for extension in ("md", "json", "csv", "html")]
+    before = {name: (run / name).read_bytes() for name in names}
+    build_report(str(run))
+    assert {name: (run / name).read_bytes() for name in names} == before
+    assert str(run.parents[1]) not in before["leaderboard.html"].decode() + before["leaderboard.json"].decode()
+
+
+def test_a_url_gives_the_same_files(run, board):
+    before = (run / "leaderboard.html").read_bytes()
+    build_report(f"file://{run}")
+    assert (run / "leaderboard.html").read_bytes() == before
+
+
+def test_csv_and_json_hold_the_numbers(run, board):
+    rows = list(csv.DictReader(io.StringIO((run / "leaderboard.csv").read_text())))
+    data = json.loads((run / "leaderboard.json").read_text())
+    assert [row["strategy"] for row in rows] == [row["strategy"] for row in data["rows"]]
+    first = data["rows"][1]
+    assert (
+        float(rows[1]["average"]) == first["average"]["value"] == pytest.approx(board.rows[1].average.value, rel=1e-7)
+    )
+    assert first["kept_rows"] == 3960
+    assert first["kept_fraction"] == 0.396
+    assert first["repeats"] == pytest.approx(SAMPLES_SEEN / 3960)
+    assert len(data["results"]) == 6 * 3 * 4
+
+
+def test_overlap_of_known_sets(board):
+    names = [strategy.name for strategy in board.run.compared]
+    overlap = {(a, b): board.run.overlap[i, j] for i, a in enumerate(names) for j, b in enumerate(names)}
+    assert overlap["no_filter", "no_filter"] == overlap["planted_truth", "planted_truth"] == 1
+    assert overlap["no_filter", "random30"] == pytest.approx(0.3, abs=1e-3)
+    # independent choices of shares a and b share a b of all: a b / (a + b - a b)
+    assert overlap["random30", "planted_truth"] == pytest.approx(0.12 / 0.58, abs=0.02)
+
+
+def test_repeated_uids_count_once_in_the_overlap(tmp_path):
+    run = write_run(tmp_path, seeds=(0,))
+    before = read_run(str(run)).overlap
+    entries = json.loads((run / "run.json").read_text())["strategies"]
+    path = tmp_path / next(e["selection"] for e in entries if e["name"] == "random30") / "uids.npy"
+    np.save(path, np.repeat(np.load(path), 3))  # a strategy that ends with `repeat`
+    assert np.array_equal(read_run(str(run)).overlap, before)
+
+
+def test_overlap_of_large_selections_is_measured_on_a_sample(run, board, monkeypatch):
+    monkeypatch.setattr("pipeline.report.records.MAX_OVERLAP_UIDS", 1000)
+    sampled = read_run(str(run))
+    assert sampled.overlap_one_in == 4
+    assert np.nanmax(abs(sampled.overlap - board.run.overlap)) < 0.05
+
+
+def test_groups_stand_for_their_tasks_when_there_are_many(tmp_path):
+    tasks = {f"task{i}": ("zeroshot_classification", "acc1", 0.1) for i in range(9)}
+    run = write_run(tmp_path, seeds=(0, 1), tasks=tasks, num_items=60)
+    edit_run(
+        run, lambda data: [task.update(group="even" if i % 2 == 0 else "odd") for i, task in enumerate(data["tasks"])]
+    )
+    board = build_report(str(run))
+    assert [(column.name, len(column.tasks)) for column in board.columns] == [("even", 5), ("odd", 4)]
+    row = board.rows[1]
+    weighted = (5 * row.scores["even"].value + 4 * row.scores["odd"].value) / 9
+    assert row.average.value == pytest.approx(weighted)  # the average is over tasks, not over groups
+    assert "even (5)" in terminal_table(board)
+
+
+def test_terminal_table_fits_the_width_it_is_given(board):
+    wide, narrow = terminal_table(board), terminal_table(board, width=150)
+    assert "checkpoint-" in wide
+    assert "checkpoint-" not in narrow
+    table = [line for line in narrow.splitlines() if re.match(r"\s*(#|\d) ", line)]
+    assert len(table) == 7
+    assert max(map(len, table)) <= 150
+    assert "Left out here for want of width: checkpoint" in narrow
+    assert "Used beyond the pool by basic_and_clip, clip_top30: scorer: small CLIP" in narrow
+    for fact in ("chance 10.0 %", "colours*", "in-domain", "planted_truth (oracle)", "metric version: 1"):
+        assert fact in narrow
+
+
+def test_missing_run_is_one_line(tmp_path):
+    with pytest.raises(WinnowError, match=r"run.json is missing, expected the folder of a run"):
+        read_run(str(tmp_path))
+    (tmp_path / "run.json").write_text('{"pool": {}}')
+    with pytest.raises(WinnowError, match=r"run.json: 'strategies' is missing"):
+        read_run(str(tmp_path))
+
+
+def test_a_run_with_nothing_finished_still_gives_a_report(tmp_path):
+    run = write_run(tmp_path, seeds=(0,), strategies={"no_filter": STRATEGIES["no_filter"]})
+    edit_run(run, lambda data: data.update(trainings=[], results=[]))
+    assert "nothing to compare" in build_report(str(run)).headline
+
+
+HOSTILE = {
+    "clip_top30": '<script>alert("strategy")</script>',
+    "objects": "<img src=x onerror=alert(1)>",
+    "trusted reference: 3000 pairs": "</style></title><script>alert('uses')</script>",
+    "random30": "=HYPERLINK(1) | a\x1b[31m \u202e`b`\n$x_1$",
+}
+
+
+class Page(HTMLParser):
+    """Counts elements, and attributes that could run or fetch something."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags: list[str] = []
+        self.active: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.active += [name for name, _ in attrs if name.startswith("on") or name in ("src", "href", "srcset")]
+
+
+def test_hostile_names_are_only_text(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1), rename=HOSTILE)
+
+    def change(data):
+        data["trainings"][-1]["error"] = "</pre><script>alert('error')</script>"
+        data["config_name"] = "<b onclick=x>demo</b>"
+
+    edit_run(run, change)
+    (run / "config.yaml").write_text("a: </pre><script>alert('config')</script>\n")
+    text = terminal_table(build_report(str(run)))
+    html = (run / "leaderboard.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert not page.active
+    assert not set(page.tags) & {"script", "img", "iframe", "object", "embed", "link", "a", "base"}
+    assert page.tags.count("style") == page.tags.count("title") - html.count("<title>", html.index("<body")) == 1
+    assert html.count("&lt;script&gt;") >= 4
+    assert "default-src 'none'" in html.replace("&#x27;", "'")
+    assert "\x1b" not in text + html
+    assert "\u202e" not in text + html
+    assert all(line.isprintable() for line in text.splitlines())
+    markdown = (run / "leaderboard.md").read_text()
+    assert "<" not in markdown
+    assert markdown.count("\n| ") == 7
+    for line in csv.reader(io.StringIO((run / "leaderboard.csv").read_text())):
+        assert not any(cell.startswith(("=", "@")) for cell in line)
+
+
+def test_page_is_complete_and_its_plots_are_well_formed(run, board):
+    html = (run / "leaderboard.html").read_text()
+    plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    labels = [ElementTree.fromstring(plot).get("aria-label") for plot in plots]
+    assert [label.split()[0] for label in labels] == ["Differences", "Average", "Differences", "Training"]
+    dots = [plot.count("<circle") for plot in plots]
+    assert dots == [5, 6, 20, 0]
+    assert plots[3].count('class="curve"') == 6
+    assert "guessing: ln(64) = 4.16" in plots[3]
+    assert not re.search(r"\b(nan|inf)\b", "".join(plots))
+    assert "http" not in html.replace("http-equiv", "")
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    assert titles[0] == "Difference to no_filter"
+    assert titles[2] == "Leaderboard"
+    assert {"Funnel", "Overlap", "Used and spent", "Tasks", "Where it comes from"} <= set(titles)
