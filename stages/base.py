@@ -47,6 +47,7 @@ class Stage:
     reads: ClassVar[str] = "caption"  # caption | bytes | pixels | columns
     needs: ClassVar[tuple[str, ...]] = ()  # columns of earlier stages
     adds: ClassVar[Mapping[str, str]] = {}  # column -> bool, int32, int64, float32, string, or float16[] (any width)
+    uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
 
     def external_files(self) -> Mapping[str, str]:

@@ -63,6 +63,7 @@ class TrainConfig(Model):
 
     recipe: str
     seeds: list[int] = Field([0], min_length=1)
+    checkpoint_every_s: float = Field(300, ge=0)  # how much work a lost worker can cost; changes no result
 
 
 class EvalConfig(Model):
@@ -124,24 +125,15 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with the traps taken out: 5e-4 is a number, on/off/yes/no and 12:30 are words, keys are unique."""
 
 
+_YAML = "tag:yaml.org,2002:"
 _Loader.yaml_implicit_resolvers = {
-    key: [
-        (tag, regex)
-        for tag, regex in entries
-        if tag
-        not in (
-            "tag:yaml.org,2002:bool",
-            "tag:yaml.org,2002:int",
-            "tag:yaml.org,2002:float",
-            "tag:yaml.org,2002:timestamp",
-        )
-    ]
-    for key, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, regex) for tag, regex in entries if tag == _YAML + "null"]
+    for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_YAML + "bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver(_YAML + "int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
+    _YAML + "float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.[0-9]*|\.[0-9]+|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
     list("-+.0123456789"),
 )
@@ -159,7 +151,7 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     return seen
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+_Loader.add_constructor(_YAML + "map", _unique_mapping)
 
 
 def parse_yaml(text: str, path: str) -> Any:

@@ -1,0 +1,654 @@
+"""Runs a plan: every ready step whose resources fit, together; finished ones are skipped; failures stay local.
+
+The driver only submits and waits. A step that fails leaves the others running; what depends on it is not done, and
+its row in the leaderboard is N/A. The run folder maps the user's names to artifacts:
+
+    runs/2026-01-31T12-00-00Z_demo/   config.yaml  plan.json  log.jsonl  run.json  leaderboard.{md,json,csv,html}
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import importlib.metadata
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from eval import tasks as eval_tasks
+from pipeline import plan as planning
+from pipeline.runs import RUNS
+from pipeline.core import artifact, log, pool, storage
+from pipeline.core.config import Resources
+from pipeline.core.engine import ROOT, Engine, post
+from pipeline.core.errors import StepError, WinnowError, one_line
+from pipeline.plan import Plan, Status, Step
+from stages.base import Stage
+from stages.column_files import Column
+from stages.ingest import demo_world, pool_shards, sources
+from stages.selection import choose, train_set
+from stages.stage_worker import StageJob, StageWorker
+
+POLL_S = 0.25
+POST_EVERY_S = 1.0
+PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "pillow", "fasttext-community", "webdataset")
+
+
+@dataclass
+class Outcome:
+    """What became of a run: the last status of every step, and the failed ones with their causes."""
+
+    statuses: dict[str, Status]
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs the steps of one plan on one engine."""
+
+    def __init__(self, plan: Plan, engine: Engine, progress: log.Progress, run_path: str):
+        self.plan = plan
+        self.engine = engine
+        self.progress = progress
+        self.run_path = run_path
+        self.versions = package_versions()
+        self.stopped = threading.Event()
+        self._over = threading.Event()
+        self._watched: set[str] = set()
+
+    def run(self, targets: Sequence[str]) -> Outcome:
+        """The outcome after every step that `targets` need is done, failed, or waits for a failed one."""
+        wanted = self.plan.ancestors(list(targets))
+        outcome = Outcome(planning.resolve(self.plan))
+        running: dict[concurrent.futures.Future, list[str]] = {}
+        self.write_plan(outcome)
+        threading.Thread(target=self._watch_trainings, daemon=True).start()
+        with concurrent.futures.ThreadPoolExecutor(max_workers=256, thread_name_prefix="step") as threads:
+            try:
+                while True:
+                    busy = {outcome.statuses[name].artifact.path for names in running.values() for name in names}  # type: ignore[union-attr]
+                    ready = self._ready(wanted, outcome, running, busy)
+                    for names in self._grouped(ready, running):
+                        running[threads.submit(self._run_group, names, dict(outcome.statuses))] = names
+                    if not running:
+                        return outcome
+                    done, _ = concurrent.futures.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED")
+                    for future in done:
+                        outcome.failures |= future.result()
+                        del running[future]
+                    if done:
+                        outcome.statuses = planning.resolve(self.plan, outcome.statuses)
+                        self.write_plan(outcome)
+            except BaseException:
+                self.stopped.set()
+                self.engine.cancel()
+                raise
+            finally:
+                self._over.set()
+
+    def _ready(
+        self, wanted: list[str], outcome: Outcome, running: Mapping[Any, list[str]], busy: set[str]
+    ) -> list[str]:
+        occupied = {name for names in running.values() for name in names}
+        ready, paths = [], set(busy)
+        for name in wanted:
+            status = outcome.statuses[name]
+            if status.state != "todo" or name in occupied or name in outcome.failures:
+                continue
+            path = status.artifact.path  # type: ignore[union-attr]  # a todo step has one
+            if path not in paths:  # two names for one artifact: it is made once
+                paths.add(path)
+                ready.append(name)
+        return ready
+
+    def _grouped(self, ready: list[str], running: Mapping[Any, list[str]]) -> list[list[str]]:
+        """Stages of the same resources read each shard once; the tasks of one checkpoint load its model once."""
+        groups: dict[Any, list[str]] = {}
+        trainings = sum(self.plan.steps[names[0]].kind == "checkpoint" for names in running.values())
+        most = self.plan.config.resources("train").max_concurrent
+        for name in ready:
+            step = self.plan.steps[name]
+            key: Any = name
+            if isinstance(step.work, Stage):
+                key = ("stages", step.inputs["pool"], repr(self._resources(step)))
+            elif step.kind == "results":
+                key = ("results", step.inputs["checkpoint"])
+            elif step.kind == "checkpoint":
+                if most is not None and trainings >= most:
+                    continue
+                trainings += 1
+            groups.setdefault(key, []).append(name)
+        return list(groups.values())
+
+    def _resources(self, step: Step) -> Resources:
+        return self.plan.config.resources(step.resources)
+
+    def _run_group(self, names: list[str], statuses: dict[str, Status]) -> dict[str, str]:
+        """{step: cause} of the steps in the group that failed; a step is complete when its record is written."""
+        steps = [self.plan.steps[name] for name in names]
+        label = names[0] if len(names) == 1 else _group_label(names)
+        started = time.monotonic()
+        try:
+            self._check_disk(steps[0], statuses)
+            if isinstance(steps[0].work, Stage):
+                failed = self._run_stages(label, steps, statuses)
+            elif steps[0].kind == "results":
+                failed = self._run_results(label, steps, statuses)
+            else:
+                facts, notes = self._runners()[steps[0].kind](label, steps[0], statuses)
+                self._finish(steps[0], statuses, facts, started, **notes)
+                failed = {}
+        except Exception as error:  # the step boundary: recorded, and the other steps go on
+            if not isinstance(error, WinnowError):
+                log.logger.exception("%s failed", label)
+            failed = dict.fromkeys(names, one_line(error))
+        for name, cause in failed.items():
+            if not self.stopped.is_set():
+                self.progress.end(name, f"FAILED: {cause}")
+        return failed
+
+    def _runners(self) -> Mapping[str, Callable[[str, Step, dict[str, Status]], tuple[dict, dict]]]:
+        return {
+            "pool": self._run_pool,
+            "tasks": self._run_tasks,
+            "selection": self._run_selection,
+            "train_set": self._run_train_set,
+            "checkpoint": self._run_training,
+        }
+
+    def _finish(
+        self, step: Step, statuses: Mapping[str, Status], facts: Mapping[str, Any], started: float, **notes: Any
+    ) -> None:
+        made = statuses[step.name].artifact
+        assert made is not None  # only steps that are todo get here
+        common = {"seconds": round(time.monotonic() - started, 3), **self.versions}
+        artifact.finish(made, {**facts, **common}, **notes)
+
+    def _one(self, label: str, function: Callable, arguments: tuple, step: Step) -> Any:
+        return self.engine.map(function, [arguments], [label], self._resources(step))[0]
+
+    # One method per kind of step. Those of single steps return (facts, further arguments of artifact.finish).
+
+    def _run_pool(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        out_path = _path(statuses, step.name)
+        shard_size, sample = step.values["shard_size"], step.values["sample"]
+        resources = self._resources(step)
+        units = self._one(f"{label}/units", sources.plan_units, (step.work, shard_size), step)
+        self.engine.map(
+            pool_shards.read_ids,
+            [(unit, number, out_path) for number, unit in enumerate(units)],
+            [f"{label}/ids/{number:05d}" for number in range(len(units))],
+            resources,
+        )
+        columns = sources.carried_columns(step.work)
+        plan = self._one(f"{label}/plan", pool_shards.plan_shards, (units, shard_size, sample, columns, out_path), step)
+        self.progress.start(label, len(plan.shards))
+        shards = self.engine.map(
+            pool_shards.write_shard,
+            [(shard, out_path) for shard in plan.shards],
+            [f"{label}/{shard.name}" for shard in plan.shards],
+            resources,
+            lambda index, done: self.progress.advance(label, 1, done["rows"], done["failed"]),
+        )
+        facts = pool_shards.pool_facts(plan, shards)
+        pool_shards.forget_ids(out_path)
+        notes = {
+            f"{shard.name}.parquet": {"rows": done["rows"]} for shard, done in zip(plan.shards, shards, strict=True)
+        }
+        known = {name: entry for done in shards for name, entry in done["known"].items()}
+        self.progress.end(label, _counts(facts["rows"], facts["failed"]))
+        return facts, {"file_notes": notes, "known": known}
+
+    def _run_tasks(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        names = self._one(label, demo_world.write_tasks, (_path(statuses, step.name), step.values["seed"]), step)
+        self.progress.end(label, f"{len(names)} tasks")
+        return {"tasks": list(names)}, {}
+
+    def _run_stages(self, label: str, steps: list[Step], statuses: Mapping[str, Status]) -> dict[str, str]:
+        started = time.monotonic()
+        first = steps[0]
+        resources = self._resources(first)
+        pool_path = _path(statuses, first.inputs["pool"])
+        shards = pool.shards(statuses[first.inputs["pool"]].record or {})
+        todo = {
+            shard.name: shard
+            for step in steps
+            for shard in planning.stale_shards(step, statuses[step.name].record, statuses)
+        }
+        jobs = []
+        for step in steps:
+            columns = {
+                role.removeprefix("column/"): Column(
+                    _path(statuses, name), self.plan.columns[role.removeprefix("column/")][1]
+                )
+                for role, name in step.inputs.items()
+                if role.startswith("column/")
+            }
+            jobs.append(
+                StageJob(
+                    step.work, _path(statuses, step.name), columns, self._model(step, statuses), resources.batch_size
+                )
+            )
+        self.progress.start(label, len(todo))
+        facts: dict[str, float] = {"rows": 0, "ok_rows": 0}
+
+        def on_done(index: int, done: Mapping[str, Any]) -> None:
+            for key in facts:
+                facts[key] += done[key]
+            self.progress.advance(label, 1, done["rows"])
+
+        self.engine.map_on_actors(
+            StageWorker,
+            (pool_path, jobs, _device(resources), _threads(resources)),
+            [(shard,) for shard in todo.values()],
+            [f"{label}/{name}" for name in todo],
+            resources,
+            on_done,
+        )
+        seconds = time.monotonic() - started
+        for step in steps:
+            notes = {f"{shard.name}.parquet": {"pool_shard": shard.digest} for shard in shards}
+            own = {"rows": sum(shard.rows for shard in shards), "scored_now": facts, "device": _device(resources)}
+            own |= {"cpu_hours": seconds * resources.cpus / 3600, "gpu_hours": seconds * resources.gpus / 3600}
+            self._finish(step, statuses, own, started, file_notes=notes)
+        self.progress.end(label)
+        return {}
+
+    def _model(self, step: Step, statuses: Mapping[str, Status]) -> Mapping[str, Any] | None:
+        """What pipeline.core.clip_model.load takes, for a stage that names a model."""
+        if not step.work.uses_model:
+            return None
+        if "model" in step.inputs:
+            return {"folder": storage.join(_path(statuses, step.inputs["model"]), "open_clip")}
+        model = self.plan.config.models[step.work.model]
+        return {"architecture": model.architecture, "pretrained": model.pretrained}
+
+    def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        chosen, name = step.work
+        columns = {}
+        for role, owner in step.inputs.items():
+            if role.startswith("column/"):
+                column = role.removeprefix("column/")
+                columns[column] = Column(_path(statuses, owner), self.plan.columns[column][1])
+        arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name))
+        self.progress.start(label, 1, "steps")
+        facts = self._one(label, choose.select, arguments, step)
+        self.progress.end(label, f"kept {facts['kept_rows']:,} of {facts['pool_rows']:,}")
+        return facts, {}
+
+    def _run_train_set(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        pool_path, selection_path = (_path(statuses, step.inputs[role]) for role in ("pool", "selection"))
+        out_path = _path(statuses, step.name)
+        seed, shard_size = step.values["seed"], step.values["shard_size"]
+        plan = self._one(
+            f"{label}/plan", train_set.plan_train_set, (pool_path, selection_path, out_path, seed, shard_size), step
+        )
+        self.progress.start(label, plan["num_tars"], "tars")
+        self.engine.map(
+            train_set.write_train_tar,
+            [(pool_path, out_path, index, shard_size) for index in range(plan["num_tars"])],
+            [f"{label}/{index:05d}" for index in range(plan["num_tars"])],
+            self._resources(step),
+            lambda index, done: self.progress.advance(label, 1, done["samples"]),
+        )
+        facts = self._one(f"{label}/finish", train_set.finish_train_set, (out_path, plan["num_tars"]), step)
+        known = facts.pop("known")
+        self.progress.end(label)
+        return facts, {"known": known}
+
+    def _run_training(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        recipe, seed = step.work
+        resources = self._resources(step)
+        source, out_path = _path(statuses, step.inputs["train_set"]), _path(statuses, step.name)
+        self.progress.start(label, recipe.samples_seen, "samples")
+        self._watched.add(label)
+        try:
+            if (resources.workers or 1) > 1:
+                from training.worker import train_on_ray
+
+                facts = train_on_ray(source, out_path, recipe, seed, resources)
+            else:
+                every_s = self.plan.config.train.checkpoint_every_s
+                arguments = (source, out_path, recipe, seed, _device(resources), _threads(resources), every_s)
+                facts = self._one(label, train_one, (*arguments, self.engine.board(), label), step)
+        finally:
+            self._watched.discard(label)
+        self.progress.end(label)
+        return facts, {"fact_files": ["metrics.jsonl"]}
+
+    def _run_results(self, label: str, steps: list[Step], statuses: Mapping[str, Status]) -> dict[str, str]:
+        started = time.monotonic()
+        resources = self._resources(steps[0])
+        checkpoint = statuses[steps[0].inputs["checkpoint"]].artifact
+        assert checkpoint is not None  # a ready step's inputs are done
+        tasks = [self._task(step.work, statuses) for step in steps]
+        architecture = self.plan.recipe.model
+        arguments = (
+            {"folder": storage.join(checkpoint.path, "open_clip")},
+            tasks,
+            [_path(statuses, step.name) for step in steps],
+            architecture if isinstance(architecture, str) else "custom",
+            checkpoint.name,
+            _device(resources),
+            resources.batch_size or 256,
+            _threads(resources),
+        )
+        self.progress.start(label, len(tasks), "tasks")
+        failed = {}
+        for step, (facts, error) in zip(steps, self._one(label, evaluate_all, arguments, steps[0]), strict=True):
+            if error is None:
+                self._finish(step, statuses, facts | {"device": _device(resources)}, started)
+            else:
+                failed[step.name] = error
+        self.progress.end(label)
+        return failed
+
+    def _task(self, name: str, statuses: Mapping[str, Status]) -> eval_tasks.TaskData:
+        """The task with its files; those of the demo world are there once the step `tasks` is done."""
+        data = self.plan.tasks[name]
+        if data is not None:
+            return data
+        status = statuses["tasks"]
+        assert status.artifact is not None and status.record is not None
+        drawn = eval_tasks.resolve_task(name, status.artifact.path)
+        return dataclasses.replace(drawn, digest=f"{artifact.content_digest(status.record)}/{name}")
+
+    def _check_disk(self, step: Step, statuses: Mapping[str, Status]) -> None:
+        """None. Raises StepError when the step would write more than there is room for."""
+        free = storage.free_bytes(self.plan.config.root)
+        if free is None:
+            return
+        if step.kind == "pool":
+            real = [source for source in step.work.values() if source.layout != sources.DEMO]
+            needed = sum(entry.size_bytes for source in real for entry in sources.find(source).files.values())
+        elif step.kind == "train_set":
+            files = (statuses[step.inputs["pool"]].record or {})["files"]
+            facts = (statuses[step.inputs["selection"]].record or {})["facts"]
+            tars = sum(entry["bytes"] for name, entry in files.items() if name.endswith(".tar"))
+            needed = int(tars * facts["kept_samples"] / max(1, facts["ok_rows"]))
+        else:
+            return
+        if needed > free:
+            sizes = f"about {log.short_count(needed)}B, {log.short_count(free)}B are free"
+            raise StepError(f"{step.name}: not enough disk at {self.plan.config.root}: it will write {sizes}")
+
+    def _watch_trainings(self) -> None:
+        """Puts what trainings post on the screen until the run ends."""
+        seen: dict[str, int] = {}
+        while not self._over.wait(POST_EVERY_S):
+            if not self._watched:
+                continue
+            try:
+                posted = self.engine.posted()
+            except Exception as error:  # the board is a convenience: without it a run is only less talkative
+                log.logger.debug("no progress to show: %s", error)
+                continue
+            for label in list(self._watched):
+                values = posted.get(label)
+                if values and values["samples_seen"] > seen.get(label, 0):
+                    new = values["samples_seen"] - seen.get(label, 0)
+                    seen[label] = values["samples_seen"]
+                    self.progress.advance(label, new, new, note=f"loss {values['loss']:.3f}")
+
+    def write_plan(self, outcome: Outcome) -> None:
+        """None; the run's plan.json: every step's state and artifact, as known now."""
+        steps = {
+            name: {"state": status.state, "artifact": status.artifact.name, "why": status.why}
+            for name, status in outcome.statuses.items()
+            if status.artifact is not None
+        }
+        plan_path = storage.join(self.run_path, "plan.json")
+        storage.write_json(plan_path, {"steps": steps, "failures": outcome.failures})
+
+
+def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> int:
+    """The exit code of a run; the leaderboard is printed and written when the run is a whole one.
+
+    Args:
+        targets: the steps to reach.
+        whole: False for `--until`, which makes no leaderboard.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    name = storage.name_of(config_path).rsplit(".", 1)[0]
+    run_path = _new_run_path(plan.config.root, now, name)
+    storage.write_bytes(storage.join(run_path, "config.yaml"), _config_text(plan.config).encode())
+    progress = log.Progress(storage.join(run_path, "log.jsonl"))
+    engine = None
+    try:
+        progress.event("run", config=config_path, root=plan.config.root, targets=list(targets))
+        progress.say(f"{config_path} -> {plan.config.root}: {len(targets)} steps; log in {run_path}")
+        for warning in plan.warnings:
+            progress.say(f"warning: {warning}")
+        engine = Engine()
+        executor = Executor(plan, engine, progress, run_path)
+        outcome = executor.run(targets)
+        storage.write_json(storage.join(run_path, "run.json"), run_record(executor, outcome, name, now))
+        failed = {step: cause for step, cause in outcome.failures.items() if step in targets}
+        if whole:
+            from pipeline import report
+
+            board = report.build_report(run_path)
+            progress.close()
+            print(report.terminal_table(board))
+            print(f"\nleaderboard: {storage.join(run_path, 'leaderboard.html')}")
+        for step, cause in failed.items():
+            progress.say(f"FAILED  {step}: {cause}")
+        progress.event("run_end", failures=outcome.failures)
+        return 1 if failed else 0
+    finally:
+        progress.close()
+        if engine is not None:
+            engine.close()
+
+
+def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
+    """The run.json that the report is made from: the user's names mapped to artifacts, see pipeline/report/records.py."""
+    plan, statuses = executor.plan, outcome.statuses
+    pool_status = statuses["pool"]
+    pool_facts = (pool_status.record or {}).get("facts", {})
+
+    def made(step: str) -> str | None:
+        status = statuses.get(step)
+        return status.artifact.name if status and status.artifact and status.state == "done" else None
+
+    def error(step: str) -> str | None:
+        if step not in statuses or statuses[step].state == "done":
+            return None
+        causes = [
+            f"{other}: {outcome.failures[other]}" for other in plan.ancestors([step]) if other in outcome.failures
+        ]
+        return causes[0] if causes else "not done"
+
+    strategies = []
+    for strategy in plan.config.compare:
+        strategies.append(
+            {
+                "name": strategy,
+                "selection": made(f"{strategy}/selection"),
+                "train_set": made(f"{strategy}/train_set"),
+                "compared": True,
+                "label": "oracle" if planning.is_oracle(plan, strategy) else "",
+                "uses": planning.uses(plan, strategy),
+                "error": error(f"{strategy}/train_set"),
+            }
+        )
+    tasks = []
+    for task in plan.tasks:
+        if plan.tasks[task] is None and statuses["tasks"].state != "done":
+            continue  # without the world's tasks there is no result to show
+        data = executor._task(task, statuses)
+        tasks.append(
+            {
+                "name": data.name,
+                "type": data.task.type,
+                "metric": data.task.metric,
+                "chance": data.chance,
+                "group": data.task.group,
+                "in_domain": data.task.in_domain,
+                "title": data.task.title,
+            }
+        )
+    runs = [(strategy, seed) for strategy in plan.config.compare for seed in plan.config.train.seeds]
+    return {
+        "config_name": name,
+        "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "winnow_version": importlib.metadata.version("winnow") if _installed() else "source",
+        "metric_version": eval_tasks.METRIC_VERSION,
+        "recipe": {
+            "name": plan.config.train.recipe,
+            "model": plan.recipe.model if isinstance(plan.recipe.model, str) else "custom",
+            "samples_seen": plan.recipe.samples_seen,
+            "global_batch": plan.recipe.global_batch_size,
+            "lr": plan.recipe.lr,
+        },
+        "pool": {
+            "path": pool_status.artifact.name if pool_status.artifact else None,
+            "rows": pool_facts.get("rows"),
+            "ok": pool_facts.get("ok_rows"),
+            "failed": pool_facts.get("failed", {}),
+        },
+        "strategies": strategies,
+        "tasks": tasks,
+        "trainings": [
+            {
+                "strategy": strategy,
+                "seed": seed,
+                "checkpoint": made(f"{strategy}/seed{seed}/train"),
+                "error": error(f"{strategy}/seed{seed}/train"),
+            }
+            for strategy, seed in runs
+        ],
+        "results": [
+            {
+                "strategy": strategy,
+                "seed": seed,
+                "task": task["name"],
+                "path": made(f"{strategy}/seed{seed}/eval/{task['name']}"),
+                "error": error(f"{strategy}/seed{seed}/eval/{task['name']}"),
+            }
+            for strategy, seed in runs
+            for task in tasks
+        ],
+        "baseline": plan.config.baseline or plan.config.compare[0],
+    }
+
+
+# What runs remotely. torch and what needs it come in there, never in the driver.
+
+
+def train_one(
+    train_set_path: str,
+    out_path: str,
+    recipe: Any,
+    seed: int,
+    device: str,
+    threads: int,
+    every_s: float,
+    board: Any,
+    label: str,
+) -> dict[str, Any]:
+    """Facts of one training in this process; progress is posted under its step's name."""
+    from training.loop import train
+
+    return train(
+        train_set_path,
+        out_path,
+        recipe,
+        seed,
+        device=device,
+        threads=threads,
+        checkpoint_every_s=every_s,
+        report=lambda metrics: post(board, label, metrics),
+    )
+
+
+def evaluate_all(
+    source: Mapping[str, Any],
+    tasks: Sequence[eval_tasks.TaskData],
+    out_paths: Sequence[str],
+    model: str,
+    pretrained: str,
+    device: str,
+    batch_size: int,
+    threads: int,
+) -> list[tuple[dict[str, Any] | None, str | None]]:
+    """(facts, error) of each task of one checkpoint."""
+    from eval.evaluate import evaluate
+
+    done = evaluate(
+        source,
+        tasks,
+        out_paths,
+        model=model,
+        pretrained=pretrained,
+        device=device,
+        batch_size=batch_size,
+        threads=threads,
+    )
+    return [(task.facts, task.error) for task in done]
+
+
+def _new_run_path(root: str, now: datetime.datetime, name: str) -> str:
+    stamp = now.strftime("%Y-%m-%dT%H-%M-%SZ")
+    taken = set(storage.list_folders(storage.join(root, RUNS)))
+    candidates = (f"{stamp}_{name}{suffix}" for suffix in ["", *(f"_{number}" for number in range(2, 100))])
+    return storage.join(root, RUNS, next(run for run in candidates if run not in taken))
+
+
+def _config_text(config: Any) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _installed() -> bool:
+    try:
+        importlib.metadata.version("winnow")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _path(statuses: Mapping[str, Status], name: str) -> str:
+    made = statuses[name].artifact
+    assert made is not None  # inputs of a ready step are done, and the step itself is todo
+    return made.path
+
+
+def _counts(rows: int, failed: Mapping[str, int]) -> str:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in failed.items())
+    return f"{rows:,} rows = {rows - sum(failed.values()):,} ok" + (f" + failed: {reasons}" if reasons else "")
+
+
+def _group_label(names: Sequence[str]) -> str:
+    if all("/" in name for name in names):
+        return names[0].rsplit("/", 1)[0]
+    return "+".join(names)
+
+
+def _threads(resources: Resources) -> int:
+    return max(1, int(resources.cpus))
+
+
+def _device(resources: Resources) -> str:
+    return "cuda" if resources.gpus > 0 else "cpu"
+
+
+def package_versions() -> dict[str, Any]:
+    """{versions, code}: of the packages that decide values, and the git commit of our own code where there is one."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    return {"versions": versions, "code": commit}

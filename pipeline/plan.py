@@ -1,0 +1,467 @@
+"""Config -> the DAG of steps, and what each step's state is.
+
+    pool -> stages' columns -> selection -> train_set -> train (per seed) -> eval (per task)
+             ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
+
+A step makes one artifact. Its identity is its values and the digests of its inputs' content, so it is known once the
+inputs are finished: until then the step is *pending*. Column steps are identified by the pool's fingerprint instead,
+and each of their files by the digest of the pool shard that it was computed from: when a shard changes, that file
+alone is stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from eval import tasks as eval_tasks
+from pipeline.core import artifact, clip_model, pool, storage
+from pipeline.core.config import Config, ModelConfig, PoolConfig
+from pipeline.core.errors import ConfigError, suggestion
+from stages import build_stage
+from stages.base import Stage
+from stages.ingest import demo_world, pool_shards, sources
+from stages.selection import choose, train_set
+from stages.selection import strategies as algebra
+from training import ledger, recipe
+
+TRAIN_SHARD_SIZE = 10_000  # samples a tar of a train set
+DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact to be made. `work` is what making it needs beyond the inputs: a stage, sources, a recipe, a task."""
+
+    name: str
+    kind: str
+    version: int
+    values: Mapping[str, Any]  # what changes the result, without names and paths
+    inputs: Mapping[str, str] = field(default_factory=dict)  # role -> step
+    resources: str = ""  # its name in `cluster:`
+    work: Any = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """`state` is done, todo or pending; the artifact is known unless pending; `why` says what made it so."""
+
+    state: str
+    artifact: artifact.Artifact | None
+    why: str
+    record: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps in an order in which each comes after its inputs."""
+
+    config: Config
+    steps: Mapping[str, Step]
+    columns: Mapping[str, tuple[str, str]]  # column -> the step that adds it, and its name in that step's files
+    recipe: recipe.Recipe
+    tasks: Mapping[str, eval_tasks.TaskData | None]  # None: a task of the demo world, drawn by the step `tasks`
+    warnings: list[str]
+
+    def ancestors(self, names: list[str]) -> list[str]:
+        """The named steps and all that they depend on, in order."""
+        wanted: set[str] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            if name not in wanted:
+                wanted.add(name)
+                stack += self.steps[name].inputs.values()
+        return [name for name in self.steps if name in wanted]
+
+
+def build(config: Config, place: str) -> Plan:
+    """The plan of an experiment. Raises ConfigError for everything that can be known before work starts.
+
+    Args:
+        place: the config file's path, for messages.
+    """
+    steps: dict[str, Step] = {}
+
+    def add(step: Step) -> str:
+        steps[step.name] = step
+        return step.name
+
+    add(_pool_step("pool", config.pool, f"{place}: pool"))
+    for name, reference in config.references.items():
+        add(_pool_step(f"reference/{name}", reference, f"{place}: references.{name}"))
+
+    recipes = _recipes(config, place)
+    stages = _stages(config, place)
+    column_types = {name: str(kind) for name, kind in zip(pool.SCHEMA.names, pool.SCHEMA.types, strict=True)}
+    column_types |= sources.carried_columns(steps["pool"].work)
+    for alias, stage in stages.items():
+        for column, kind in stage_columns(alias, stage).items():
+            if column in column_types:
+                raise ConfigError(f"{place}: stages.{alias}: column {column} is there already; use `as:` to prefix it")
+            column_types[column] = kind
+
+    definitions = {name: definition or {} for name, definition in config.strategies.items()}
+    on_references = _reference_strategies(config, definitions, place)
+    parsed = algebra.parse_strategies(
+        {name: definition for name, definition in definitions.items() if name not in on_references},
+        place=f"{place}: strategies",
+        columns=column_types,
+    )
+
+    # Stages and models depend on each other in turns: a stage on a model, a model on a strategy, that on columns.
+    columns: dict[str, tuple[str, str]] = {}
+    visiting: list[str] = []
+
+    def owner_of(column: str) -> str | None:
+        return next((alias for alias, stage in stages.items() if column in stage_columns(alias, stage)), None)
+
+    def add_stage(alias: str) -> str:
+        if alias in steps:
+            return alias
+        _enter(visiting, f"stages.{alias}", place)
+        stage = stages[alias]
+        inputs = {"pool": "pool"}
+        for column in stage.needs:
+            if column in pool.SCHEMA.names or column in sources.carried_columns(steps["pool"].work):
+                continue
+            owner = owner_of(column)
+            if owner is None:
+                raise ConfigError(f"{place}: stages.{alias} needs the column {column}, which no stage adds")
+            inputs[f"column/{column}"] = add_stage(owner)
+        values: dict[str, Any] = {"fields": _fields(stage)}
+        for parameter, path in stage.external_files().items():
+            if not storage.exists(path):
+                raise ConfigError(f"{place}: stages.{alias}.{parameter} = {path}, expected a file that exists")
+            values["fields"][parameter] = storage.sha256_file(path)
+        if stage.uses_model:
+            name = stage.model  # type: ignore[attr-defined]
+            if name not in config.models:
+                hint = suggestion(name, config.models)
+                raise ConfigError(f"{place}: stages.{alias}.model = {name}, expected one of the models.{hint}")
+            model = config.models[name]
+            if model.recipe is not None:
+                inputs["model"] = add_model(name, model)
+                values["fields"]["model"] = "input"
+            else:
+                values["fields"]["model"] = _published_model(model, f"{place}: models.{name}")
+        visiting.pop()
+        add(Step(alias, stage_name(stage), stage.version, values, inputs, resources=alias, work=stage))
+        columns.update(dict(zip(stage_columns(alias, stage), ((alias, own) for own in stage.adds), strict=True)))
+        return alias
+
+    def add_model(name: str, model: ModelConfig) -> str:
+        step_name = f"model/{name}"
+        if step_name in steps:
+            return step_name
+        _enter(visiting, f"models.{name}", place)
+        trained = _recipe(recipes, model.recipe or "", f"{place}: models.{name}.recipe")
+        source = add_train_set(f"{step_name}/", model.on or "")
+        visiting.pop()
+        return add(_train_step(step_name, trained, model.seed, source))
+
+    def add_train_set(prefix: str, choice: str) -> str:
+        """The steps that turn a strategy, or a whole reference, into a train set; `prefix` names them."""
+        reference = on_references.get(choice) or (choice if choice in config.references else None)
+        pool_step = f"reference/{reference}" if reference else "pool"
+        inputs = {"pool": pool_step}
+        if reference:
+            chosen, name = algebra.parse_strategies({"everything": {}}, place, columns={}), "everything"
+        else:
+            chosen, name = parsed, choice
+            for column in sorted(algebra.used_columns(parsed, choice)):
+                owner = owner_of(column)
+                if owner:
+                    inputs[f"column/{column}"] = add_stage(owner)
+        values = {
+            "strategy": algebra.definition(chosen, name),
+            "files": [storage.sha256_file(path) for path in algebra.used_files(chosen, name)],
+        }
+        selection = add(
+            Step(f"{prefix}selection", "selection", choose.VERSION, values, inputs, "select", (chosen, name))
+        )
+        return add(
+            Step(
+                f"{prefix}train_set",
+                "train_set",
+                train_set.VERSION,
+                {"seed": config.seed, "shard_size": TRAIN_SHARD_SIZE},
+                {"pool": pool_step, "selection": selection},
+                "train_set",
+            )
+        )
+
+    for alias in stages:
+        add_stage(alias)
+    for name, model in config.models.items():
+        if model.recipe is not None:
+            add_model(name, model)
+        else:
+            _published_model(model, f"{place}: models.{name}")
+
+    shared = _recipe(recipes, config.train.recipe, f"{place}: train.recipe")
+    tasks = _add_tasks(config, add, place)
+    for strategy in config.compare:
+        source = add_train_set(f"{strategy}/", strategy)
+        for seed in config.train.seeds:
+            trained = add(_train_step(f"{strategy}/seed{seed}/train", shared, seed, source))
+            for task, data in tasks.items():
+                inputs = {"checkpoint": trained} | ({} if data else {"tasks": "tasks"})
+                values = {"task": data.digest if data else task}
+                name = f"{strategy}/seed{seed}/eval/{task}"
+                add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
+    _check_cluster_names(config, stages, place)
+    warnings = [f"recipe {config.train.recipe}: {warning}" for warning in recipe.check(shared)]
+    return Plan(config, steps, columns, shared, tasks, warnings)
+
+
+def resolve(plan: Plan, known: dict[str, Status] | None = None) -> dict[str, Status]:
+    """The state of every step, by looking at what is finished below the root.
+
+    Args:
+        known: earlier answers; steps that were done then are not looked at again.
+    """
+    root = plan.config.root
+    found: dict[str, Status] = {}
+    siblings: dict[str, list[tuple[str, Mapping[str, Any]]]] | None = None
+    for name, step in plan.steps.items():
+        before = (known or {}).get(name)
+        if before is not None and before.state == "done":
+            found[name] = before
+            continue
+        waiting = [other for other in step.inputs.values() if found[other].state != "done"]
+        if waiting:
+            found[name] = Status("pending", None, f"waits for {waiting[0]}")
+            continue
+        made = artifact.Artifact(root, step.kind, identity(step, found))
+        record = made.record()
+        if record is not None:
+            stale = stale_shards(step, record, found)
+            if not stale:
+                found[name] = Status("done", made, "finished", record)
+                continue
+            found[name] = Status("todo", made, f"{len(stale)} shards of the pool changed", record)
+            continue
+        if siblings is None:
+            siblings = _finished_by_kind(root)
+        found[name] = Status("todo", made, _why(made, siblings.get(step.kind, [])))
+    return found
+
+
+def identity(step: Step, found: Mapping[str, Status]) -> dict[str, Any]:
+    """The identity of a step whose inputs are done."""
+    inputs = {}
+    for role, name in step.inputs.items():
+        record = found[name].record
+        assert record is not None  # done steps have one
+        by_name = isinstance(step.work, Stage) and role != "model"
+        inputs[role] = record["fingerprint"] if by_name else artifact.content_digest(record)
+    return {"version": step.version, **step.values, "inputs": inputs}
+
+
+def stale_shards(step: Step, record: Mapping[str, Any] | None, found: Mapping[str, Status]) -> list[pool.Shard]:
+    """The pool's shards for which a stage has no columns yet, or columns of another content. [] for other steps."""
+    if not isinstance(step.work, Stage):
+        return []
+    pool_record = found[step.inputs["pool"]].record
+    assert pool_record is not None
+    files = record["files"] if record else {}
+    return [
+        shard
+        for shard in pool.shards(pool_record)
+        if files.get(f"{shard.name}.parquet", {}).get("pool_shard") != shard.digest
+    ]
+
+
+def stage_columns(alias: str, stage: Stage) -> dict[str, str]:
+    """{column: type} as the pool sees them: prefixed with the alias when it is not the stage's own name."""
+    prefix = "" if alias == stage_name(stage) else f"{alias}_"
+    return {prefix + column: kind for column, kind in stage.adds.items()}
+
+
+def uses(plan: Plan, strategy: str) -> list[str]:
+    """What a strategy uses beyond the pool, as phrases for the report; [] for rules on the pool alone."""
+    config, phrases = plan.config, []
+    reference = (config.strategies[strategy] or {}).get("reference")
+    if reference:
+        phrases.append(f"reference {reference} instead of the pool")
+    selection = plan.steps[f"{strategy}/selection"]
+    for name in plan.ancestors([selection.name]):
+        step = plan.steps[name]
+        if isinstance(step.work, Stage) and step.work.uses_model:
+            model = config.models[step.work.model]  # type: ignore[attr-defined]
+            if model.recipe is not None:
+                phrases.append(f"model {step.work.model} trained on {model.on} ({model.recipe})")  # type: ignore[attr-defined]
+            else:
+                phrases.append(f"model {model.architecture} {model.pretrained}")
+    return phrases
+
+
+def is_oracle(plan: Plan, strategy: str) -> bool:
+    """True when a strategy reads planted truth, which no real filter could."""
+    chosen, name = plan.steps[f"{strategy}/selection"].work
+    return any(column.startswith("truth_") for column in algebra.used_columns(chosen, name))
+
+
+def _pool_step(name: str, config: PoolConfig, place: str) -> Step:
+    parsed = sources.parse(config.source, f"{place}.source")
+    values = {
+        "sources": {source_name: sources.source_digest(source) for source_name, source in parsed.items()},
+        "shard_size": config.shard_size,
+        "sample": config.sample,
+    }
+    return Step(name, "pool", pool_shards.VERSION, values, {}, "pool", parsed)
+
+
+def _train_step(name: str, trained: recipe.Recipe, seed: int, source: str) -> Step:
+    values = {"recipe": trained.identity(), "seed": seed, "ledger": ledger.VERSION}
+    return Step(name, "checkpoint", recipe.VERSION, values, {"train_set": source}, "train", (trained, seed))
+
+
+def _recipes(config: Config, place: str) -> dict[str, recipe.Recipe]:
+    own = {name: recipe.parse(values, f"{place}: recipes.{name}") for name, values in config.recipes.items()}
+    return {**recipe.RECIPES, **own}
+
+
+def _recipe(recipes: Mapping[str, recipe.Recipe], name: str, place: str) -> recipe.Recipe:
+    if name not in recipes:
+        raise ConfigError(f"{place} = {name}, expected a recipe.{suggestion(name, recipes)}")
+    clip_model.check_architecture(recipes[name].model, f"recipe {name}: model")
+    return recipes[name]
+
+
+def _stages(config: Config, place: str) -> dict[str, Stage]:
+    """{alias: stage} in the config's order."""
+    found: dict[str, Stage] = {}
+    for index, entry in enumerate(config.stages):
+        where = f"{place}: stages.{index}"
+        fields = {"name": entry} if isinstance(entry, str) else dict(entry)
+        if "name" not in fields:
+            raise ConfigError(f"{where}.name is missing, expected the name of a stage")
+        name = fields.pop("name")
+        alias = fields.pop("as", name)
+        if alias in found:
+            raise ConfigError(f"{where}: a second stage is called {alias}; give it another name with `as:`")
+        found[alias] = build_stage(name, fields, where)
+    return found
+
+
+def stage_name(stage: Stage) -> str:
+    return type(stage).__module__.rsplit(".", 1)[-1]
+
+
+def _fields(stage: Stage) -> dict[str, Any]:
+    return {name: getattr(stage, name) for name in type(stage).__dataclass_fields__}
+
+
+def _published_model(model: ModelConfig, place: str) -> dict[str, Any]:
+    architecture = model.architecture
+    assert architecture is not None  # config checks that a model has one or a recipe
+    clip_model.check_architecture(architecture, f"{place}.architecture")
+    pretrained = model.pretrained or ""
+    if storage.is_url(pretrained) or storage.exists(pretrained):
+        if not storage.exists(pretrained):
+            raise ConfigError(f"{place}.pretrained = {pretrained}, expected a weights file that exists")
+        pretrained = storage.sha256_file(pretrained)
+    else:
+        clip_model.check_tag(architecture, pretrained, f"{place}.pretrained")
+    return {"architecture": architecture, "pretrained": pretrained}
+
+
+def _reference_strategies(config: Config, definitions: Mapping[str, Any], place: str) -> dict[str, str]:
+    """{strategy: reference} of strategies that train on a whole reference: `trusted_only: {reference: trusted}`."""
+    found = {}
+    for name, definition in definitions.items():
+        if "reference" not in definition:
+            continue
+        where = f"{place}: strategies.{name}"
+        if len(definition) > 1:
+            raise ConfigError(f"{where}: reference stands alone, expected no other key beside it")
+        reference = definition["reference"]
+        if reference not in config.references:
+            hint = suggestion(reference, config.references)
+            raise ConfigError(f"{where}.reference = {reference}, expected one of the references.{hint}")
+        found[name] = reference
+    return found
+
+
+def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[str, eval_tasks.TaskData | None]:
+    """{name: task} in the config's order; adds the step that draws the demo world's own tasks."""
+    if config.eval.root != DEMO:
+        found = eval_tasks.resolve_tasks(config.eval.tasks, config.eval.root, f"{place}: eval")
+        return {data.name: replace(data, digest=eval_tasks.task_digest(data)) for data in found}
+    add(Step("tasks", "tasks", demo_world.VERSION, {"seed": config.seed}, {}, "pool"))
+    for index, entry in enumerate(config.eval.tasks):
+        if entry not in demo_world.TASKS:
+            hint = suggestion(str(entry), demo_world.TASKS)
+            raise ConfigError(f"{place}: eval.tasks.{index} = {entry}, expected a task of the demo world.{hint}")
+    return dict.fromkeys(map(str, config.eval.tasks))
+
+
+def _check_cluster_names(config: Config, stages: Mapping[str, Stage], place: str) -> None:
+    names = {"pool", "select", "train_set", "train", "eval", *stages}
+    for name in config.cluster:
+        if name not in names:
+            raise ConfigError(f"{place}: cluster.{name} is no step.{suggestion(name, names)}")
+
+
+def _enter(visiting: list[str], name: str, place: str) -> None:
+    if name in visiting:
+        raise ConfigError(f"{place}: {' -> '.join([*visiting, name])}: a cycle, expected none")
+    visiting.append(name)
+
+
+def _finished_by_kind(root: str) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for folder in storage.list_folders(root):
+        record = artifact.read_record(storage.join(root, folder)) if "-" in folder else None
+        if record:
+            found.setdefault(record["kind"], []).append((folder, record["identity"]))
+    return found
+
+
+def _why(made: artifact.Artifact, siblings: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """Why a step is to be done: the first field that differs from the finished sibling that shares most with it."""
+    if not siblings:
+        return "not made yet"
+    differences = [(artifact.first_difference(other, made.identity) or "", folder) for folder, other in siblings]
+    difference, folder = min(differences, key=lambda pair: (len(pair[0]), pair))
+    return f"differs from {folder} in {difference}"
+
+
+def targets(plan: Plan, until: str | None) -> list[str]:
+    """The steps to reach: all of them, or those called `until` or whose path holds it (`clip`, `train`, `basic`).
+
+    Raises:
+        ConfigError: no such step.
+    """
+    if until is None:
+        return list(plan.steps)
+    words = until.strip("/").split("/")
+    found = [name for name in plan.steps if _holds(name.split("/"), words)]
+    if not found:
+        parts = {part for name in plan.steps for part in name.split("/")}
+        raise ConfigError(f"--until {until}: no such step.{suggestion(until, parts)}")
+    return found
+
+
+def _holds(path: list[str], words: list[str]) -> bool:
+    return any(path[start : start + len(words)] == words for start in range(len(path) - len(words) + 1))
+
+
+def describe(plan: Plan, wanted: list[str]) -> str:
+    """What --plan prints: step, state, artifact, and why; then the counts."""
+    statuses = resolve(plan)
+    names = plan.ancestors(wanted)
+    rows = []
+    for name in names:
+        status = statuses[name]
+        rows.append((name, status.state, status.artifact.name if status.artifact else "pending", status.why))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    ]
+    counts = {state: sum(row[1] == state for row in rows) for state in ("done", "todo", "pending")}
+    lines.append(f"root {plan.config.root}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    return "\n".join(lines)

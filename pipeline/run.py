@@ -1,0 +1,119 @@
+"""The entry point: `python pipeline/run.py --config FILE`, the same as `winnow --config FILE`. Defines no classes.
+
+Exit codes: 0 all done, 1 a step failed (the others went on), 2 the configuration or command line is wrong and nothing
+was started, 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# `python pipeline/run.py` puts pipeline/ first on the path: our packages are found from the folder above it, and
+# before any package of the same name that is installed.
+sys.path = [ROOT, *(path for path in sys.path if os.path.abspath(path or ".") not in (ROOT, f"{ROOT}/pipeline"))]
+
+from pipeline.core import config, log, storage  # noqa: E402
+from pipeline.core.errors import ConfigError, WinnowError  # noqa: E402
+
+DEMO = "uv run pipeline/run.py --config configs/demo.yaml"
+USAGE = f"""winnow: which filter makes the better image-text dataset?
+
+Try the demo (about 3 minutes on two cores, downloads no data):
+    {DEMO}
+Your own images and captions:
+    uv run pipeline/run.py --config configs/folder.yaml --set pool.source=/path/to/photos
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. tests/test_policy.py freezes its flags."""
+    made = argparse.ArgumentParser(
+        prog="winnow", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    made.add_argument("--config", metavar="FILE", help="the experiment (YAML)")
+    made.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override, such as train.recipe=small",
+    )
+    made.add_argument("--until", metavar="STEP", help="only the steps of this name or below it, and what they need")
+    made.add_argument("--plan", action="store_true", help="print every step's state and why; start nothing")
+    made.add_argument("--report", action="store_true", help="rebuild the newest run's leaderboard from its records")
+    made.add_argument("--clean", action="store_true", help="list artifacts that no run refers to")
+    made.add_argument("--yes", action="store_true", help="with --clean: remove them")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code of one command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser().print_help()
+        return 0
+    options = parser().parse_args(arguments)
+    log.setup()
+    try:
+        return run(options)
+    except WinnowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def run(options: argparse.Namespace) -> int:
+    """The exit code of parsed options. Raises WinnowError."""
+    if options.config is None:
+        raise ConfigError(f"--config is missing, expected a YAML file. The demo: {DEMO}")
+    if options.yes and not options.clean:
+        raise ConfigError("--yes has no effect without --clean")
+    chosen = [name for name in ("plan", "report", "clean", "until") if getattr(options, name)]
+    if len(chosen) > 1 and chosen != ["plan", "until"]:
+        raise ConfigError(f"--{chosen[0]} and --{chosen[1]}: expected one of them")
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    loaded = config.load(options.config, options.overrides, in_job)
+
+    if options.report:
+        from pipeline import report
+        from pipeline.runs import newest_run
+
+        run_path = newest_run(loaded.root)
+        print(report.terminal_table(report.build_report(run_path)))
+        print(f"\nleaderboard: {storage.join(run_path, 'leaderboard.html')}")
+        return 0
+    if options.clean:
+        from pipeline import runs
+
+        return runs.clean(loaded.root, remove=options.yes)
+
+    from pipeline import plan as planning
+
+    plan = planning.build(loaded, options.config)
+    targets = planning.targets(plan, options.until)
+    if options.plan:
+        print(planning.describe(plan, targets))
+        return 0
+    storage.check_writable(loaded.root, f"{options.config}: root")
+
+    from pipeline import execute
+
+    signal.signal(signal.SIGTERM, _stop)
+    return execute.run(plan, options.config, targets, whole=options.until is None)
+
+
+def _stop(number: int, frame: object) -> None:
+    """SIGTERM (spot nodes): abandon what is in hand, which was never published, and leave."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The map stages by name, and how one is built from the config. Light to import: a stage's module comes in on use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.core.errors import ConfigError, suggestion
+from stages.base import Stage
+
+STAGES = {
+    "image_stats": "stages.columns.image_stats:ImageStats",
+    "caption_stats": "stages.columns.caption_stats:CaptionStats",
+    "language": "stages.columns.language:Language",
+    "hashes": "stages.columns.hashes:Hashes",
+    "clip": "stages.columns.clip:Clip",
+}
+
+
+def stage_class(name: str, place: str = "stages") -> type[Stage]:
+    """The class of the stage with this name. Raises ConfigError naming `place` when there is none."""
+    if name not in STAGES:
+        raise ConfigError(f"{place} = {name}, expected a stage.{suggestion(name, STAGES)}")
+    module, _, class_name = STAGES[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)
+
+
+def build_stage(name: str, parameters: Mapping[str, Any], place: str) -> Stage:
+    """The stage with its parameters, checked against the dataclass's fields and their types.
+
+    Raises:
+        ConfigError: one line that starts with `place`: an unknown stage or parameter, a missing one, a wrong type.
+    """
+    import dataclasses
+    from typing import get_type_hints
+
+    import pydantic
+
+    from pipeline.core.config import Model, validate
+
+    kind = stage_class(name, place)
+    hints = get_type_hints(kind, include_extras=True)
+    fields = {
+        field.name: (hints[field.name], ... if field.default is dataclasses.MISSING else field.default)
+        for field in dataclasses.fields(kind)
+    }
+    checked = validate(pydantic.create_model(kind.__name__, __base__=Model, **fields), dict(parameters), place)
+    return kind(**{field: getattr(checked, field) for field in fields})

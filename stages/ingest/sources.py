@@ -1,0 +1,413 @@
+"""Sources: where a pool's pairs come from. What the config may say, what lies there, and its identity.
+
+    source: /data/shards                      a folder, a file or a pattern; or the word demo
+    source: {path: "s3://b/pool/*.parquet", image_column: jpg, caption_column: text, carry: {similarity: float32}}
+    source: {web: /data/web/*.tar, shop: {path: /data/shop, captions: captions.csv}}      several, by name
+
+Layouts: `webdataset` (tars, with img2dataset's parquet beside where there is one), `parquet` (image bytes in a
+column), `folder` (image files), `clip_benchmark` (a task's folder, or one of its splits), `demo` (the embedded world).
+`auto` goes by what is there. In a CLIP_benchmark classification folder the caption of an image is its class's name in
+the first of the task's templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import fsspec
+from pydantic import Field
+
+from pipeline.core import config, pool, storage
+from pipeline.core.artifact import canonical_json
+from pipeline.core.errors import ConfigError, suggestion
+from stages.ingest import demo_world, image_folder, parquet_rows, tar_samples
+from stages.ingest.image_folder import FileEntry
+from stages.ingest.samples import CARRIED_TYPES, IMAGE_EXTENSIONS, Settings, Unit, UnreadableError, extension, is_hidden
+from stages.ingest.tar_samples import TarExtra
+
+Layout = Literal["auto", "webdataset", "parquet", "folder", "clip_benchmark", "demo"]
+DEMO = "demo"
+SINGLE = "source"  # the name of a source that the config gives none
+HASHED_BYTES = 1 << 30  # a source up to this size is identified by its bytes, a larger one by sizes and stamps
+TRUTH_COLUMNS = {
+    "truth_fault": "string",
+    "truth_object": "string",
+    "truth_colour": "string",
+    "truth_count": "int32",
+}
+FOOTER_THREADS = 16  # footers of many files on an object store are read side by side
+WILDCARDS = "*?["
+CLASSES_FILE = "classnames.txt"
+TEMPLATES_FILE = "zeroshot_classification_templates.txt"
+TYPE_FILE = "dataset_type.txt"
+# The options that mean something in each layout, beside path, layout and carry.
+OPTIONS: dict[str, set[str]] = {
+    "webdataset": {"caption_column", "uid_column"},
+    "parquet": {"image_column", "caption_column", "uid_column"},
+    "folder": {"image_column", "caption_column", "uid_column", "captions"},
+    "clip_benchmark": set(),
+    "demo": {"pairs", "seed", "clean"},
+}
+
+
+class Source(config.Model):
+    """One source of pairs, as the config says it."""
+
+    path: str | None = None
+    layout: Layout = "auto"
+    image_column: str | None = None  # parquet: the image's bytes; folder with captions: the file's name
+    caption_column: str | None = None
+    uid_column: str | None = None
+    captions: str | None = None  # folder: a csv, tsv or jsonl, relative to the folder or absolute
+    carry: dict[str, str] = Field({})  # further columns of the source that become columns of the pool, with types
+    pairs: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0)
+    clean: bool | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies at a source's path: its layout (never auto), its root, and its files by name relative to the root."""
+
+    layout: str
+    root: str
+    files: Mapping[str, FileEntry]
+
+
+def parse(value: Any, place: str) -> dict[str, Source]:
+    """{name: source} as the config gives them, checked against what is there; layouts are resolved, paths absolute.
+
+    Args:
+        value: a path, `demo`, a source's mapping, or a mapping of names to these.
+        place: where it stands in the config, for messages.
+
+    Raises:
+        ConfigError: one line; nothing was read but listings, schemas and captions tables.
+    """
+    if isinstance(value, Mapping) and value and not set(value) & set(Source.model_fields):
+        named = {str(name): _parse_one(inner, f"{place}.{name}") for name, inner in value.items()}
+    else:
+        named = {SINGLE: _parse_one(value, place)}
+    carried_columns(named, place)
+    return named
+
+
+def carried_columns(sources: Mapping[str, Source], place: str = "pool.source") -> dict[str, str]:
+    """{column: type} that the pool has beyond pool.SCHEMA. Raises ConfigError where two sources disagree."""
+    columns: dict[str, str] = {}
+    for name, source in sources.items():
+        for column, kind in (TRUTH_COLUMNS if source.layout == DEMO else source.carry).items():
+            known = columns.setdefault(column, kind)
+            if known != kind:
+                raise ConfigError(f"{place}.{name}.carry.{column} = {kind}, expected {known} as in another source")
+    return dict(sorted(columns.items()))
+
+
+def plan_units(sources: Mapping[str, Source], shard_size: int) -> list[Unit]:
+    """What tasks read, in the pool's order: sources and files by name, rows as they stand."""
+    units: list[Unit] = []
+    for name, source in sorted(sources.items()):
+        units += _units(name, source, shard_size)
+    return units
+
+
+def source_digest(source: Source) -> str:
+    """32 hex digits that identify what a source holds, wherever it lies.
+
+    Up to HASHED_BYTES in total the files are read and hashed; above that their sizes and stamps (etag, or time of
+    modification) stand for their bytes. Cost: at most 1 GiB read, one listing.
+    """
+    options = source.model_dump(exclude={"path", "captions"})
+    if source.layout == DEMO:
+        return _digest({"options": options, "version": demo_world.VERSION})
+    found = find(source)
+    files: dict[str, Any] = {}
+    paths = {name: storage.join(found.root, name) for name in found.files}
+    entries = dict(found.files)
+    if source.captions:
+        table = _captions_path(source, found.root)
+        name = f"captions:{storage.name_of(table)}"
+        paths[name], entries[name] = table, FileEntry(storage.size_bytes(table), storage.stamp(table))
+    hashed = sum(entry.size_bytes for entry in entries.values()) <= HASHED_BYTES
+    for name, entry in entries.items():
+        identity = entry.unsafe or (storage.sha256_file(paths[name]) if hashed else entry.stamp)
+        files[name.encode("utf-8", "replace").decode()] = [entry.size_bytes, identity]
+    return _digest({"options": options, "files": files})
+
+
+def find(source: Source, place: str = "source") -> Found:
+    """What lies at the source's path. Raises ConfigError when nothing does, or when the layout can't be recognised."""
+    path = source.path or ""
+    if storage.is_folder(path):
+        root, files = path, _listing(path)
+        if not files:
+            raise ConfigError(f"{place}.path = {path}, expected files in the folder; it is empty")
+    elif storage.exists(path):
+        root, _, name = path.rpartition("/")
+        files = {name: FileEntry(storage.size_bytes(path), storage.stamp(path))}
+    elif any(character in path for character in WILDCARDS):
+        root, files = _matches(path)
+        if not files:
+            raise ConfigError(f"{place}.path = {path}, expected a pattern that matches files; it matches none")
+    else:
+        raise ConfigError(f"{place}.path = {path}, expected a file, a folder or a pattern; nothing is there")
+    layout = source.layout if source.layout != "auto" else _recognised(root, files, place, path)
+    if layout == "webdataset":
+        files = _with_tables(root, files)
+    elif layout == "clip_benchmark":
+        root, files = _split(root, files, place)
+    elif layout == "parquet":
+        files = {name: entry for name, entry in files.items() if extension(name) == "parquet"}
+    if layout == "parquet" and not files:
+        raise ConfigError(f"{place}.path = {path}, expected files that end in .parquet")
+    if layout in ("webdataset", "clip_benchmark") and not any(extension(name) == "tar" for name in files):
+        raise ConfigError(f"{place}.path = {path}, expected files that end in .tar")
+    if layout == "folder" and not any(extension(name) in IMAGE_EXTENSIONS for name in files):
+        raise ConfigError(f"{place}.path = {path}, expected image files; found {_kinds(files)}")
+    return Found(layout, root, files)
+
+
+def _parse_one(value: Any, place: str) -> Source:
+    if isinstance(value, str):
+        value = {"layout": DEMO} if value == DEMO else {"path": value}
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"{place} = {value!r}, expected a path, {DEMO}, a mapping with a path, or named sources")
+    source: Source = config.validate(Source, dict(value), place)
+    for column, kind in source.carry.items():
+        if kind not in CARRIED_TYPES:
+            raise ConfigError(f"{place}.carry.{column} = {kind}, expected a type.{suggestion(kind, CARRIED_TYPES)}")
+        if column in pool.SCHEMA.names:
+            raise ConfigError(f"{place}.carry.{column}: every pool has a column of this name")
+    if source.layout == DEMO:
+        if source.path is not None or source.carry:
+            raise ConfigError(f"{place}: expected no path and no carry with layout: {DEMO}")
+        defaults = {"pairs": 10_000, "seed": 0, "clean": False}
+        unset = {key: value for key, value in defaults.items() if getattr(source, key) is None}
+        source = source.model_copy(update=unset)
+    elif source.path is None:
+        raise ConfigError(f"{place}.path is missing, expected a file, a folder, a pattern or a URL")
+    else:
+        source = source.model_copy(update={"path": storage.absolute(source.path)})
+        found = find(source, place)
+        source = source.model_copy(update={"layout": found.layout})
+        _check_options(source, place)
+        return _checked(source, found, place)
+    _check_options(source, place)
+    return source
+
+
+def _check_options(source: Source, place: str) -> None:
+    for option in sorted(set().union(*OPTIONS.values()) - OPTIONS[source.layout]):
+        if getattr(source, option) is not None:
+            raise ConfigError(f"{place}.{option} has no effect with layout {source.layout}; expected it to be left out")
+
+
+def _checked(source: Source, found: Found, place: str) -> Source:
+    """The source with the columns of a parquet found. Raises ConfigError for a table without what is needed."""
+    if source.layout == "parquet":
+        for name in sorted(found.files):
+            try:
+                schema = parquet_rows.schema_of(storage.join(found.root, name))
+            except UnreadableError:
+                continue  # a row of its own says so
+            settings = parquet_rows.resolved(_settings(source), schema, f"{place} ({name})")
+            return source.model_copy(
+                update={"image_column": settings.image_column, "caption_column": settings.caption_column}
+            )
+        raise ConfigError(f"{place}.path = {source.path}, expected parquet files; none of them can be read as one")
+    if source.layout == "folder":
+        if source.captions:
+            image_folder.read_table(_captions_path(source, found.root, place), _settings(source))
+        elif source.image_column:
+            raise ConfigError(f"{place}.image_column has no effect without captions; expected it to be left out")
+        elif not any(extension(name) in ("txt", "json") for name in found.files):
+            tables = [name for name in found.files if extension(name) in image_folder.TABLE_EXTENSIONS]
+            hint = f"; found {', '.join(tables[:5])}: name it with captions" if tables else ""
+            raise ConfigError(f"{place}.path = {source.path}, expected captions in .txt files beside the images{hint}")
+    return source
+
+
+def _settings(source: Source) -> Settings:
+    return Settings(source.layout, source.image_column, source.caption_column, source.uid_column, dict(source.carry))
+
+
+def _units(name: str, source: Source, shard_size: int) -> list[Unit]:
+    settings = _settings(source)
+    if source.layout == DEMO:
+        pairs = source.pairs or 0
+        world = (pairs, source.seed, source.clean)
+        starts = range(0, pairs, shard_size)
+        return [Unit(name, settings, DEMO, DEMO, start, min(start + shard_size, pairs), world) for start in starts]
+    found = find(source)
+    if source.layout == "folder":
+        table = _captions_path(source, found.root) if source.captions else None
+        return image_folder.units(name, settings, found.root, found.files, table, shard_size)
+    units: list[Unit] = []
+    if source.layout == "parquet":
+
+        def of_file(file: str) -> list[Unit]:
+            return parquet_rows.units(name, settings, file, storage.join(found.root, file), shard_size)
+
+        with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+            return [unit for found_units in threads.map(of_file, sorted(found.files)) for unit in found_units]
+    captions = _class_captions(found.root) if source.layout == "clip_benchmark" else None
+    stems = {file.rpartition(".")[0] for file in found.files if extension(file) in ("tar", "parquet")}
+    for stem in sorted(stems):
+        tar, table = f"{stem}.tar", f"{stem}.parquet"
+        path = storage.join(found.root, table) if table in found.files else None
+        extra = TarExtra(tar in found.files, path, captions)
+        units.append(Unit(name, settings, tar, storage.join(found.root, tar), extra=extra))
+    return units
+
+
+def _listing(root: str, recursive: bool = True) -> dict[str, FileEntry]:
+    """The files in (or below) the folder by relative name, in order; hidden ones left out."""
+    files: dict[str, FileEntry] = {}
+    if storage.is_url(root):
+        fs, inner = fsspec.core.url_to_fs(root)
+        fs.invalidate_cache()
+        for path, info in fs.find(inner, maxdepth=None if recursive else 1, detail=True).items():
+            name = path[len(inner.rstrip("/")) + 1 :]
+            if name and not name.endswith("/") and not is_hidden(name):
+                stamp = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
+                files[name] = FileEntry(int(info["size"]), str(stamp))
+        return dict(sorted(files.items()))
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename}: a folder that can't be listed: {error.strerror}") from error
+
+    real_root = os.path.realpath(root)
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        for name in [*names, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]:
+            path = os.path.join(folder, name)
+            relative = os.path.relpath(path, root).replace(os.sep, "/")
+            if not is_hidden(relative):
+                files[relative] = _entry(path, real_root)
+        if not recursive:
+            break
+    return dict(sorted(files.items()))
+
+
+def _entry(path: str, real_root: str) -> FileEntry:
+    """The local file's entry. A link may lead to a tar or a parquet anywhere: Hugging Face's cache is made of them."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return FileEntry(0, "", "a link that leads nowhere")
+    if stat.S_ISDIR(status.st_mode):
+        return FileEntry(0, "", "a link to a folder, which is not followed", is_folder=True)
+    if not stat.S_ISREG(status.st_mode):
+        return FileEntry(0, "", "not a regular file")
+    leaves = os.path.commonpath([real_root, os.path.realpath(path)]) != real_root
+    if leaves and extension(path) not in ("tar", "parquet"):
+        return FileEntry(0, "", "a link that leads out of the source's folder")
+    return FileEntry(status.st_size, str(status.st_mtime_ns))
+
+
+def _matches(pattern: str) -> tuple[str, dict[str, FileEntry]]:
+    """The pattern's fixed folder, and the files below it that match; with a tar its parquet, with an image its text."""
+    parts = pattern.split("/")
+    fixed = next(index for index, part in enumerate(parts) if any(character in part for character in WILDCARDS))
+    root = "/".join(parts[:fixed])
+    matched = {path[len(root) :].lstrip("/") for path in storage.glob(pattern)}
+    files = _listing(root, recursive=fixed < len(parts) - 1 or "**" in pattern)
+    stems = {name.rpartition(".")[0] for name in matched if extension(name) in {"tar", *IMAGE_EXTENSIONS}}
+    beside = ("parquet", "txt", "json")
+    wanted = {name for name in files if name.rpartition(".")[0] in stems and extension(name) in beside} | matched
+    return root, {name: entry for name, entry in files.items() if name in wanted}
+
+
+def _recognised(root: str, files: Mapping[str, FileEntry], place: str, path: str) -> str:
+    if TYPE_FILE in files or CLASSES_FILE in files or _task_folder(root, files):
+        return "clip_benchmark"
+    kinds = {extension(name) for name in files}
+    images = bool(kinds & IMAGE_EXTENSIONS)
+    if "tar" in kinds and not images:
+        return "webdataset"
+    if "parquet" in kinds and not images:
+        return "parquet"
+    if images and not kinds & {"tar", "parquet"}:
+        return "folder"
+    raise ConfigError(
+        f"{place}.path = {path}: the layout can't be recognised from {_kinds(files)}; expected tars, parquet files or "
+        "images: give `layout`, or a pattern such as *.tar"
+    )
+
+
+def _task_folder(root: str, files: Mapping[str, FileEntry]) -> str | None:
+    """The CLIP_benchmark task that this folder is a split of: its parent, or None."""
+    parent = root.rstrip("/").rpartition("/")[0]
+    if "nshards.txt" not in files or not parent:
+        return None
+    there = any(storage.exists(storage.join(parent, name)) for name in (TYPE_FILE, CLASSES_FILE))
+    return parent if there else None
+
+
+def _split(root: str, files: Mapping[str, FileEntry], place: str) -> tuple[str, dict[str, FileEntry]]:
+    """The task's folder, with the tars of one split and the files that decide captions.
+
+    Which split, the path says: training on a test split must be a decision.
+    """
+    task = _task_folder(root, files)
+    if task is not None:
+        split = storage.name_of(root)
+        tars = {f"{split}/{name}": entry for name, entry in files.items() if extension(name) == "tar"}
+    else:
+        task = root
+        tars = {name: entry for name, entry in files.items() if extension(name) == "tar"}
+    splits = sorted({name.split("/")[0] for name in tars})
+    if len(splits) > 1:
+        raise ConfigError(f"{place}.path = {root}, expected one split; give the path of {' or '.join(splits)}")
+    for name in (CLASSES_FILE, TEMPLATES_FILE):
+        path = storage.join(task, name)
+        if storage.exists(path):
+            tars[name] = FileEntry(storage.size_bytes(path), storage.stamp(path))
+    return task, tars
+
+
+def _class_captions(task: str) -> tuple[str, ...] | None:
+    """The caption of each class: its name in the first template, "{c}" where there is none. None: retrieval."""
+    path = storage.join(task, CLASSES_FILE)
+    if not storage.exists(path):
+        return None
+    templates = storage.join(task, TEMPLATES_FILE)
+    lines = storage.read_bytes(templates).decode("utf-8").splitlines() if storage.exists(templates) else []
+    template = next((line for line in lines if line.strip()), "{c}")
+    names = storage.read_bytes(path).decode("utf-8").splitlines()
+    return tuple(template.replace("{c}", name) for name in names)
+
+
+def _with_tables(root: str, files: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
+    """The tars, the parquet files beside them, and those of img2dataset's shards whose tar is missing."""
+
+    def wanted(name: str) -> bool:
+        if extension(name) != "parquet":
+            return extension(name) == "tar"
+        return f"{name.removesuffix('parquet')}tar" in files or tar_samples.is_status_table(storage.join(root, name))
+
+    return {name: entry for name, entry in files.items() if wanted(name)}
+
+
+def _captions_path(source: Source, root: str, place: str = "source") -> str:
+    captions = source.captions or ""
+    path = captions if storage.is_url(captions) else os.path.expanduser(captions)
+    if not storage.is_url(path) and not os.path.isabs(path):
+        path = storage.join(root, path)
+    if not storage.exists(path):
+        raise ConfigError(f"{place}.captions = {captions}, expected a table in {root} or an absolute path")
+    return path
+
+
+def _kinds(files: Mapping[str, FileEntry]) -> str:
+    kinds = sorted({f".{extension(name)}" if extension(name) else "files without a suffix" for name in files})
+    return ", ".join(kinds[:8]) or "nothing"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]

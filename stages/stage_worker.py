@@ -1,0 +1,45 @@
+"""The worker that scores shards: it loads each stage's state once, then does shard after shard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.core.pool import Shard
+from stages.base import LoadContext, Stage
+from stages.column_files import Column
+from stages.score_shard import LoadedStage, score_shard
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage to run: where it writes, the columns that it needs, and the model that it names."""
+
+    stage: Stage
+    out_path: str
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    model: Mapping[str, Any] | None = None
+    batch_size: int | None = None
+
+
+class StageWorker:
+    """Scores shards of one pool with several stages; built once per actor."""
+
+    def __init__(self, pool_path: str, jobs: Sequence[StageJob], device: str, threads: int):
+        self.pool_path = pool_path
+        self.threads = threads
+        self.stages = [
+            LoadedStage(
+                job.stage,
+                job.stage.load(LoadContext(device, threads, job.model)),
+                job.out_path,
+                job.batch_size,
+                job.columns,
+            )
+            for job in jobs
+        ]
+
+    def process(self, shard: Shard) -> dict[str, Any]:
+        """Facts of one shard: see score_shard."""
+        return score_shard(self.pool_path, shard, self.stages, self.threads)

@@ -1,0 +1,53 @@
+"""A tiny train set of drawn shapes, in the train set's format, and a recipe that trains on it in a second."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw
+
+from pipeline.core import storage
+from pipeline.core.tars import TarWriter
+from training.recipe import Recipe
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "white": (240, 240, 240)}
+SHAPES = ("ellipse", "rectangle", "line")
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+    "text_cfg": {"context_length": 12, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def recipe(**own) -> Recipe:
+    values = {"model": MODEL, "global_batch_size": 8, "samples_seen": 100, "lr": 1e-3, "warmup_steps": 3}
+    return Recipe(**{**values, "chunk_size": 4, **own})
+
+
+def write_train_set(path: str, num_samples: int, samples_a_tar: int = 16) -> str:
+    """The path, with `num_samples` pictures of coloured shapes there, png and jpg, wide and high."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for start in range(0, num_samples, samples_a_tar):
+        name = f"{start // samples_a_tar:05d}.tar"
+        with storage.write_file(storage.join(path, name)) as temporary, TarWriter(temporary) as tar:
+            for place in range(start, min(start + samples_a_tar, num_samples)):
+                colour, shape = list(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
+                image = Image.new("RGB", tuple(rng.integers(18, 40, 2).tolist()), tuple(rng.integers(0, 90, 3).tolist()))
+                getattr(ImageDraw.Draw(image), shape)((3, 3, 14, 13), fill=COLOURS[colour])
+                file, extension = io.BytesIO(), ("png", "jpg")[place % 2]
+                image.save(file, {"png": "PNG", "jpg": "JPEG"}[extension])
+                caption, uid = f"a {colour} {shape} on a wall, picture {place}", f"{place:032x}"
+                offset = tar.add(f"{place:09d}.{extension}", file.getvalue())
+                tar.add(f"{place:09d}.txt", caption.encode())
+                tar.add(f"{place:09d}.json", json.dumps({"uid": uid, "caption": caption}).encode())
+                rows.append((uid, name, offset, len(file.getvalue()), caption))
+    columns = dict(zip(("uid", "tar", "image_offset_bytes", "image_size_bytes", "caption"), zip(*rows, strict=True)))
+    table = io.BytesIO()
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), table)
+    storage.write_bytes(storage.join(path, "index.parquet"), table.getvalue())
+    return path

@@ -1,0 +1,63 @@
+"""Step checkpoints: what a training needs to go on after any kill, below `step_00000123/` in the checkpoint artifact.
+
+    step_00000123/state.pt          a dict of tensors and plain containers; torch.load(weights_only=True) reads it
+    step_00000123/state.pt.sha256   written after it: a state counts only with its checksum
+
+123 is the number of finished steps. A state that is cut short or altered is passed over for the one before; the newest
+two are kept. Works on local folders and object stores. The caller's state must not hold what depends on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from pipeline.core import log, storage
+
+KEPT = 2
+STATE_FILE, DIGEST_FILE = "state.pt", "state.pt.sha256"
+
+
+def save(out_path: str, step: int, state: Mapping[str, Any]) -> None:
+    """None; the state after `step` finished steps is safe when this returns, and older ones than KEPT are gone."""
+    folder = storage.join(out_path, f"step_{step:08d}")
+    with storage.write_file(storage.join(folder, STATE_FILE)) as temporary:
+        torch.save(dict(state), temporary)
+        digest = storage.sha256_file(temporary)
+    storage.write_bytes(storage.join(folder, DIGEST_FILE), digest.encode())
+    for name in _step_folders(out_path)[KEPT:]:
+        storage.delete(storage.join(out_path, name))
+
+
+def load_newest(out_path: str, identity: str) -> dict[str, Any] | None:
+    """The newest whole state whose "identity" is the given one, on the CPU; None when there is none."""
+    for name in _step_folders(out_path):
+        path = storage.join(out_path, name, STATE_FILE)
+        try:
+            expected = storage.read_bytes(storage.join(out_path, name, DIGEST_FILE)).decode()
+            whole = storage.sha256_file(path) == expected
+        except FileNotFoundError:  # the process was killed between the state and its checksum, or while deleting
+            whole = False
+        if not whole:
+            log.logger.warning("%s is not whole: it is passed over", path)
+            continue
+        with storage.open_read(path) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["identity"] == identity:
+            return state
+        log.logger.warning("%s is of another training: it is passed over", path)
+    return None
+
+
+def delete_all(out_path: str) -> None:
+    """None; removes every step checkpoint: a finished artifact is the same however often it was interrupted."""
+    for name in _step_folders(out_path):
+        storage.delete(storage.join(out_path, name))
+
+
+def _step_folders(out_path: str) -> list[str]:
+    """Names, the newest first."""
+    found = [name for name in storage.list_folders(out_path) if name.startswith("step_")]
+    return sorted(found, key=lambda name: int(name.removeprefix("step_")), reverse=True)
