@@ -23,12 +23,12 @@ import yaml
 
 from eval import tasks as eval_tasks
 from pipeline import plan as planning
-from pipeline.runs import RUNS
 from pipeline.core import artifact, log, pool, storage
 from pipeline.core.config import Resources
 from pipeline.core.engine import ROOT, Engine, post
 from pipeline.core.errors import StepError, WinnowError, one_line
 from pipeline.plan import Plan, Status, Step
+from pipeline.runs import RUNS
 from stages.base import Stage
 from stages.column_files import Column
 from stages.ingest import demo_world, pool_shards, sources
@@ -447,7 +447,7 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
 
 
 def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
-    """The run.json that the report is made from: the user's names mapped to artifacts, see pipeline/report/records.py."""
+    """The run.json that the report is made from: names mapped to artifacts. Read by pipeline/report/records.py."""
     plan, statuses = executor.plan, outcome.statuses
     pool_status = statuses["pool"]
     pool_facts = (pool_status.record or {}).get("facts", {})
@@ -472,7 +472,7 @@ def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.da
                 "selection": made(f"{strategy}/selection"),
                 "train_set": made(f"{strategy}/train_set"),
                 "compared": True,
-                "label": "oracle" if planning.is_oracle(plan, strategy) else "",
+                "label": planning.label(plan, strategy),
                 "uses": planning.uses(plan, strategy),
                 "error": error(f"{strategy}/train_set"),
             }

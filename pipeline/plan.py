@@ -21,6 +21,7 @@ from pipeline.core.config import Config, ModelConfig, PoolConfig
 from pipeline.core.errors import ConfigError, suggestion
 from stages import build_stage
 from stages.base import Stage
+from stages.column_files import POOL_TYPES
 from stages.ingest import demo_world, pool_shards, sources
 from stages.selection import choose, train_set
 from stages.selection import strategies as algebra
@@ -94,8 +95,7 @@ def build(config: Config, place: str) -> Plan:
 
     recipes = _recipes(config, place)
     stages = _stages(config, place)
-    column_types = {name: str(kind) for name, kind in zip(pool.SCHEMA.names, pool.SCHEMA.types, strict=True)}
-    column_types |= sources.carried_columns(steps["pool"].work)
+    column_types = {**POOL_TYPES, **sources.carried_columns(steps["pool"].work)}
     for alias, stage in stages.items():
         for column, kind in stage_columns(alias, stage).items():
             if column in column_types:
@@ -286,22 +286,27 @@ def uses(plan: Plan, strategy: str) -> list[str]:
     reference = (config.strategies[strategy] or {}).get("reference")
     if reference:
         phrases.append(f"reference {reference} instead of the pool")
-    selection = plan.steps[f"{strategy}/selection"]
-    for name in plan.ancestors([selection.name]):
-        step = plan.steps[name]
-        if isinstance(step.work, Stage) and step.work.uses_model:
-            model = config.models[step.work.model]  # type: ignore[attr-defined]
-            if model.recipe is not None:
-                phrases.append(f"model {step.work.model} trained on {model.on} ({model.recipe})")  # type: ignore[attr-defined]
-            else:
-                phrases.append(f"model {model.architecture} {model.pretrained}")
+    chosen, name = plan.steps[f"{strategy}/selection"].work
+    columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
+    for alias in sorted({plan.columns[column][0] for column in columns if column in plan.columns}):
+        stage = plan.steps[alias].work
+        if not stage.uses_model:
+            continue
+        model = config.models[stage.model]
+        trained = (
+            f"trained on {model.on} ({model.recipe})" if model.recipe else f"{model.architecture} {model.pretrained}"
+        )
+        phrases.append(f"model {stage.model}: {trained}")
     return phrases
 
 
-def is_oracle(plan: Plan, strategy: str) -> bool:
-    """True when a strategy reads planted truth, which no real filter could."""
+def label(plan: Plan, strategy: str) -> str:
+    """`oracle` for a strategy that reads planted truth, `reference` for one that is no choice from the pool, else ""."""
+    if "reference" in (plan.config.strategies[strategy] or {}):
+        return "reference"
     chosen, name = plan.steps[f"{strategy}/selection"].work
-    return any(column.startswith("truth_") for column in algebra.used_columns(chosen, name))
+    judged_by = algebra.used_columns(chosen, name, sizes=False)
+    return "oracle" if any(column.startswith("truth_") for column in judged_by) else ""
 
 
 def _pool_step(name: str, config: PoolConfig, place: str) -> Step:

@@ -59,7 +59,11 @@ def test_the_whole_job_on_a_folder_of_real_photos(real_data_path, tmp_path):
     assert write_photos(photos, real_data_path) > 1000
     tasks = [
         {"name": "cifar10_sample", "path": str(real_data_path / "zeroshot/cifar10"), "in_domain": True},
-        {"name": "caltech101_sample", "path": str(real_data_path / "zeroshot/caltech101"), "metric": "mean_per_class_recall"},
+        {
+            "name": "caltech101_sample",
+            "path": str(real_data_path / "zeroshot/caltech101"),
+            "metric": "mean_per_class_recall",
+        },
         {"name": "flickr8k", "path": str(real_data_path / "retrieval/flickr8k")},
     ]
     settings = {

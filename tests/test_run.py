@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -50,7 +51,7 @@ def finished(tmp_path_factory):
 
 
 def test_the_leaderboard_is_printed_with_the_path_of_its_page(finished):
-    root, done = finished
+    _, done = finished
     for strategy in ("no_filter", "basic_and_clip", "trusted_only", "oracle"):
         assert strategy in done.stdout
     page = pathlib.Path(re.search(r"leaderboard: (.*\.html)", done.stdout).group(1))
@@ -72,7 +73,7 @@ def test_counts_reconcile_and_every_failed_row_has_a_reason(finished):
     assert all(row["ok"] == (row["error"] is None) for row in rows)
     for selection in pathlib.Path(root).glob("selection-*"):
         funnel = json.loads((selection / RECORD).read_text())["facts"]["funnel"]
-        for before, after in zip(funnel, funnel[1:], strict=False):
+        for before, after in itertools.pairwise(funnel):
             assert after["rows_in"] == before["rows_kept"]
 
 
@@ -98,14 +99,13 @@ def test_the_plan_says_what_changed(finished):
 
 def test_a_renamed_strategy_is_not_trained_again(finished):
     root, _ = finished
-    plan = winnow(
-        root, "--plan", "--set", "strategies.everything={}", "--set", "compare=[everything, oracle]", "--set", "baseline=everything"
-    )  # fmt: skip
+    renamed = ("strategies.everything={}", "compare=[everything, oracle]", "baseline=everything")
+    plan = winnow(root, "--plan", *(word for setting in renamed for word in ("--set", setting)))
     assert "0 todo, 0 pending" in plan.stdout, plan.stdout
 
 
 def test_the_report_is_rebuilt_from_records_alone(finished):
-    root, done = finished
+    root, _ = finished
     run = sorted(pathlib.Path(root).glob("runs/*/leaderboard.html"))[-1].parent
     before = {name: (run / name).read_bytes() for name in ("leaderboard.html", "leaderboard.json", "leaderboard.md")}
     for name in before:

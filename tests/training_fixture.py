@@ -51,3 +51,44 @@ def write_train_set(path: str, num_samples: int, samples_a_tar: int = 16) -> str
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), table)
     storage.write_bytes(storage.join(path, "index.parquet"), table.getvalue())
     return path
+
+
+def train_rank(rank: int, world_size: int, meeting_point: str, train_set_path: str, out_path: str, own: dict) -> None:
+    """None; one of several gloo ranks: gradients of the loss in float64, then a whole training."""
+    import torch
+    from torch import distributed
+
+    from training.loop import train
+
+    distributed.init_process_group("gloo", f"file://{meeting_point}", rank=rank, world_size=world_size)
+    gradients = {}
+    for sizes in ([3] * world_size, [2] * (world_size - 1) + [3], [0] * (world_size - 1) + [2]):
+        gradients[str(sizes)] = loss_gradients(sizes, rank)
+    torch.save(gradients, f"{meeting_point}.gradients.{rank}")
+    train(train_set_path, out_path, recipe(**own), 0, rank=rank, world_size=world_size)
+    distributed.destroy_process_group()
+
+
+def loss_gradients(part_sizes: list[int], rank: int, alone: bool = False) -> list:
+    """[loss, gradient of the rank's own images and texts, of the scale] on drawn features; `alone`: as one rank."""
+    import torch
+    from torch import distributed
+    from torch.nn import functional
+
+    from training.loss import contrastive_loss
+
+    draws = torch.randn(2, sum(part_sizes), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    first = sum(part_sizes[:rank])
+    own = draws if alone else draws[:, first : first + max(1, part_sizes[rank])]  # a rank without pairs has a filler
+    features = own.clone().requires_grad_()
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    image, text = functional.normalize(features, dim=-1)
+    loss = contrastive_loss(image, text, scale, [sum(part_sizes)] if alone else part_sizes, 0 if alone else rank)
+    loss.backward()
+    loss = loss.detach()
+    if not alone:  # what DistributedDataParallel does to gradients of shared parameters
+        for value in (loss, scale.grad):
+            distributed.all_reduce(value)
+            value /= len(part_sizes)
+        features.grad /= len(part_sizes)
+    return [loss, features.grad[:, : part_sizes[rank]] if not alone else features.grad, scale.grad]

@@ -17,6 +17,7 @@ a train set below two global batches also replays its pass boundaries up to the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,7 +128,7 @@ class Ledger:
         phase = _hash(self.seed, PHASE_STREAM, pass_index) % self.num_entries
         # The last chunk lacks `short` entries; behind its place in the order everything comes that much earlier.
         short = num_chunks * size - self.num_entries
-        short_place = int(_permute(np.array([num_chunks - 1]), num_chunks, key, inverse=True)[0])
+        short_place = _place_of_last(num_chunks, key)
         first, last = (
             position // size if position < (short_place + 1) * size - short else (position + short) // size
             for position in (start, stop - 1)
@@ -163,11 +164,22 @@ def _mix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
+@functools.lru_cache(maxsize=64)
+def _round_keys(key: int) -> list[np.uint64]:
+    return [np.uint64(_hash(key, index)) for index in range(FEISTEL_ROUNDS)]
+
+
+@functools.lru_cache(maxsize=64)
+def _place_of_last(size: int, key: int) -> int:
+    """Where the permutation puts size - 1."""
+    return int(_permute(np.array([size - 1]), size, key, inverse=True)[0])
+
+
 def _permute(places: np.ndarray, size: int, key: int, inverse: bool = False) -> np.ndarray:
     """[K] int64 images of the places under the permutation of range(size) that the key decides."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    round_keys = [np.uint64(_hash(key, index)) for index in range(FEISTEL_ROUNDS)]
+    round_keys = _round_keys(key)
     found = places.astype(np.uint64)
     outside = np.ones(len(found), bool)
     while outside.any():  # walk each cycle until it is back inside

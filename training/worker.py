@@ -40,7 +40,7 @@ def train_on_ray(
         WinnowError: the training failed, on its workers, more often than MAX_FAILURES times or for good.
     """
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     each = {"CPU": resources.cpus, "GPU": resources.gpus}
@@ -71,10 +71,10 @@ def train_on_ray(
         run_config=RunConfig(name=storage.name_of(out_path), failure_config=FailureConfig(MAX_FAILURES), **where),
     )
     try:
-        result = trainer.fit()
-        if result.error is not None:
-            raise WinnowError(f"{out_path}: training failed: {one_line(result.error)}") from result.error
+        trainer.fit()
         outcome = storage.read_json(storage.join(ray_path, OUTCOME_FILE))
+    except TrainingFailedError as error:
+        raise WinnowError(f"{out_path}: training failed: {one_line(error)}") from error
     finally:
         storage.delete(ray_path)
     if "error" in outcome:

@@ -43,6 +43,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=list(FORMATS))
     except UnidentifiedImageError as error:
         raise ImageError("unsupported_format", f"{len(data)} bytes of no known image format") from error
+    except Image.DecompressionBombError as error:  # Pillow's own cap, far above ours
+        raise ImageError("too_many_pixels", f"{error}") from error
     except Exception as error:  # a hostile header can raise almost anything inside Pillow
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
     width_px, height_px = image.size
@@ -73,8 +75,3 @@ def decode_rgb(data: bytes, apply_orientation: bool = True, max_pixels: int = MA
             return image.convert("RGB")
     except Exception as error:  # a hostile body can raise almost anything inside Pillow
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
-
-
-def format_of(image: Image.Image) -> str:
-    """The file extension of the image's own format, whatever its file was called: jpg, png, webp, ..."""
-    return FORMATS[image.format]

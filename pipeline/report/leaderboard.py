@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core import storage
-from pipeline.report.records import Result, Run, Strategy, Task, Training, read_run
+from pipeline.report.records import OUTSIDE_LABELS, Result, Run, Strategy, Task, Training, read_run
 from pipeline.report.uncertainty import (
     CONFIDENCE,
     Influence,
@@ -73,7 +73,7 @@ class Row:
     scores: dict[str, Estimate]  # by column
     task_scores: dict[str, Estimate]
     average: Estimate
-    standing: str  # best, could be best, worse, oracle, or "" when nothing can be said
+    standing: str  # best, could be best, worse, oracle, reference, or "" when nothing can be said
     difference: Difference | None
     task_differences: dict[str, Difference]
     seeds: tuple[int, ...]  # that count
@@ -287,10 +287,10 @@ def _ranks(average: _Measured, baseline: str) -> dict[str, int]:
 
 
 def _standings(strategies: Sequence[Strategy], average: _Measured) -> dict[str, str]:
-    """Best, could be best, worse. An oracle reads the truth, so it competes with nobody."""
-    oracles = {s.name for s in strategies if s.label == "oracle"}
-    contenders = [i for i, name in enumerate(average.names) if name not in oracles]
-    standings = {name: "oracle" for name in average.names if name in oracles}
+    """Best, could be best, worse; an outsider's label instead: it competes with nobody."""
+    outside = {s.name: s.label for s in strategies if s.label in OUTSIDE_LABELS}
+    contenders = [i for i, name in enumerate(average.names) if name not in outside]
+    standings = {name: outside[name] for name in average.names if name in outside}
     if len(contenders) < 2 or average.uncertainty.seed_df == 0:
         return standings
     possible = could_be_best(average.means[contenders], average.uncertainty.subset(contenders))
@@ -303,7 +303,8 @@ def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool
     """Who won, by how much, and whether that is more than noise."""
     ranked = [row for row in rows if row.average.value is not None]
     contenders = sorted(
-        (row for row in ranked if row.standing != "oracle"), key=lambda row: (-row.average.value, row.strategy.name)
+        (row for row in ranked if row.strategy.label not in OUTSIDE_LABELS),
+        key=lambda row: (-row.average.value, row.strategy.name),
     )
     if not contenders:
         return "No strategy has results for every task, so there is nothing to compare."

@@ -145,9 +145,10 @@ def _table_notes(board: Leaderboard) -> list[str]:
 
 
 def _table_row(board: Leaderboard, row: Row) -> Markup:
-    strategy, pool_rows = row.strategy, board.run.header["pool"]["rows"]
+    strategy = row.strategy
     kept = strategy.kept_rows
-    of_pool = element("small", f"{percent(kept / pool_rows)} %") if kept is not None and pool_rows else None
+    fraction = strategy.kept_fraction
+    of_pool = element("small", f"{percent(fraction)} %") if fraction is not None else None
     label = element("small", plain(strategy.label)) if strategy.label and strategy.label != row.standing else None
     more = element("small", f"and {len(row.checkpoints) - 1} more") if len(row.checkpoints) > 1 else None
     repeats = "-" if row.repeats is None else f"{row.repeats:.3g} times"
@@ -187,7 +188,9 @@ def _difference(row: Row):
 def _standing(standing: str):
     if not standing:
         return "-"
-    class_ = {"best": "good", "could be best": "good", "worse": "neutral", "oracle": "oracle"}[standing]
+    class_ = {"best": "good", "could be best": "good", "worse": "neutral", "oracle": "oracle", "reference": "oracle"}[
+        standing
+    ]
     return element("span", standing, class_=f"tag {class_}")
 
 
@@ -230,7 +233,7 @@ def _funnel(strategy: Strategy, pool: dict, class_: str) -> Markup:
         body = [_nothing(plain(strategy.error or "no selection yet"))]
     else:
         steps = strategy.funnel or (("ok", pool["rows"], pool["ok"]),)
-        body = [_step(rule, rows_in, kept, pool["rows"], class_) for rule, rows_in, kept in steps]
+        body = [_step(rule, rows_in, kept, steps[0][1], class_) for rule, rows_in, kept in steps]
     return element("div", element("h3", plain(strategy.name)), *body)
 
 

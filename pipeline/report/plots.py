@@ -81,12 +81,11 @@ def task_differences(board: Leaderboard) -> Markup | None:
 
 def score_against_kept(board: Leaderboard) -> Markup | None:
     """Average against the kept fraction of the pool, with 95 % intervals; None without an average."""
-    pool_rows = board.run.header["pool"]["rows"]
-    rows = [row for row in board.rows if row.average.value is not None and row.strategy.kept_rows and pool_rows]
+    rows = [row for row in board.rows if row.average.value is not None and row.strategy.kept_fraction]
     if not rows:
         return None
     classes = colour_classes(board)
-    kept = {row.strategy.name: row.strategy.kept_rows / pool_rows for row in rows}
+    kept = {row.strategy.name: row.strategy.kept_fraction for row in rows}
     logarithmic = min(kept.values()) < 0.02
     low_x = 10.0 ** math.floor(math.log10(min(kept.values()))) if logarithmic else 0.0
     left, right, top, bottom = 44, WIDTH - 12, 12, 270

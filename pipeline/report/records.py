@@ -33,6 +33,9 @@ from pipeline.core.artifact import read_record
 from pipeline.core.errors import WinnowError, one_line
 from pipeline.report.uncertainty import influence_of_items
 
+# Labels of strategies that are shown and compete with nobody: one reads planted truth, the other is no choice from the
+# pool but a whole reference.
+OUTSIDE_LABELS = ("oracle", "reference")
 MAX_OVERLAP_UIDS = 1_000_000  # per strategy; larger selections are compared on a sample by hash of the uid
 
 
@@ -61,6 +64,7 @@ class Strategy:
     selection: str | None = None
     train_set: str | None = None
     kept_rows: int | None = None
+    kept_fraction: float | None = None  # of the pool; None where the rows are not the pool's
     kept_samples: int | None = None
     funnel: tuple[tuple[str, int, int], ...] = ()  # (rule, rows in, rows kept)
 
@@ -184,6 +188,12 @@ def _facts(path: str) -> dict[str, Any]:
     return record["facts"]
 
 
+def _kept_fraction(entry: Mapping[str, Any], facts: Mapping[str, Any], pool: Mapping[str, Any]) -> float | None:
+    if facts.get("kept_rows") is None or not pool["rows"] or entry.get("label") in OUTSIDE_LABELS[1:]:
+        return None
+    return facts["kept_rows"] / pool["rows"]
+
+
 def _strategy(root: str, entry: Mapping[str, Any], pool: Mapping[str, Any], notes: list[str]) -> Strategy:
     facts: dict[str, Any] = {}
     error = entry.get("error")
@@ -203,6 +213,7 @@ def _strategy(root: str, entry: Mapping[str, Any], pool: Mapping[str, Any], note
         selection=entry.get("selection"),
         train_set=entry.get("train_set"),
         kept_rows=facts.get("kept_rows"),
+        kept_fraction=_kept_fraction(entry, facts, pool),
         kept_samples=facts.get("kept_samples"),
         funnel=tuple((step["rule"], step["rows_in"], step["rows_kept"]) for step in facts.get("funnel", ())),
     )

@@ -71,18 +71,17 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     names += [c.name + ("" if not c.is_group else f" ({len(c.tasks)})") + _mark(c.tasks, tasks) for c in board.columns]
     names += [f"average ({len(tasks)})", "±", f"vs {board.run.baseline}", "standing", "seeds", "samples seen"]
     names += ["repeats", "cost", "checkpoint"]
-    pool_rows = board.run.header["pool"]["rows"]
     body = []
     for row in board.rows:
-        kept = row.strategy.kept_rows
+        fraction = row.strategy.kept_fraction
         scores = [row.scores[column.name].value for column in board.columns]
         more = f" +{len(row.checkpoints) - 1}" if len(row.checkpoints) > 1 else ""
         body.append(
             [
                 "-" if row.rank is None else str(row.rank),
                 strategy_text(row),
-                number(kept),
-                "-" if kept is None or not pool_rows else f"{percent(kept / pool_rows)} %",
+                number(row.strategy.kept_rows),
+                "-" if fraction is None else f"{percent(fraction)} %",
                 *("N/A" if score is None else percent(score) for score in scores),
                 estimate_text(row.average),
                 "-" if row.average.half_width is None else percent(row.average.half_width),
@@ -144,8 +143,11 @@ def remarks(board: Leaderboard) -> list[str]:
         )
     if any(task.in_domain for task in board.run.tasks):
         lines.append("* in-domain: training images of the task are in the pool.")
-    if any(row.standing == "oracle" for row in board.rows):
+    labels = {row.strategy.label for row in board.rows}
+    if "oracle" in labels:
         lines.append("An oracle reads the truth that no filter has: it shows what is possible, it does not compete.")
+    if "reference" in labels:
+        lines.append("A reference is no choice from the pool but trusted pairs beside it: it does not compete either.")
     users: dict[tuple[str, ...], list[str]] = {}
     for row in board.rows:
         if row.strategy.uses:
@@ -269,8 +271,6 @@ def json_text(board: Leaderboard) -> str:
 
 def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
     strategy = row.strategy
-    pool_rows = board.run.header["pool"]["rows"]
-    fraction = strategy.kept_rows / pool_rows if strategy.kept_rows is not None and pool_rows else None
     return {
         "rank": row.rank,
         "strategy": strategy.name,
@@ -280,7 +280,7 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "train_set": strategy.train_set,
         "kept_rows": strategy.kept_rows,
         "kept_samples": strategy.kept_samples,
-        "kept_fraction": _rounded(fraction),
+        "kept_fraction": _rounded(strategy.kept_fraction),
         "tasks": {name: _estimate_record(estimate) for name, estimate in row.task_scores.items()},
         "groups": {c.name: _estimate_record(row.scores[c.name]) for c in board.columns if c.is_group},
         "average": _estimate_record(row.average),

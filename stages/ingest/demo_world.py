@@ -155,7 +155,7 @@ LANGUAGES = {
         },
         "feminine": ("star", "arrow", "crown"),  # две; all others два
         "colours": ("красного", "зелёного", "синего", "жёлтого", "фиолетового", "белого"),
-        "sentences": ("{what} {colour} цвета на старой стене", "На этой картинке {what} {colour} цвета"),  # noqa: RUF001
+        "sentences": ("{what} {colour} цвета на старой стене", "На этой картинке {what} {colour} цвета"),
     },
 }  # fmt: skip
 

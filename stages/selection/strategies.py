@@ -193,24 +193,29 @@ def parse_strategies(
     return strategies
 
 
-def used_strategies(strategies: Mapping[str, Strategy], name: str) -> list[str]:
-    """The names of the strategy and of all that it is made of, parts before what uses them."""
+def used_strategies(strategies: Mapping[str, Strategy], name: str, sizes: bool = True) -> list[str]:
+    """The names of the strategy and of all that it is made of, parts before what uses them.
+
+    Args:
+        sizes: False leaves out strategies that only say how many rows to take (`as_many_as`), not which.
+    """
     found: list[str] = []
 
     def visit(current: str) -> None:
         if current not in found:
-            for _, other in _references(strategies[current]):
-                visit(other)
+            for key, other in _references(strategies[current]):
+                if sizes or key != "random.as_many_as":
+                    visit(other)
             found.append(current)
 
     visit(name)
     return found
 
 
-def used_columns(strategies: Mapping[str, Strategy], name: str) -> set[str]:
-    """The columns that the strategy needs, its parts included."""
+def used_columns(strategies: Mapping[str, Strategy], name: str, sizes: bool = True) -> set[str]:
+    """The columns that the strategy needs, its parts included. See used_strategies for `sizes`."""
     columns = set()
-    for part in used_strategies(strategies, name):
+    for part in used_strategies(strategies, name, sizes):
         strategy = strategies[part]
         columns |= {rule.column for rule in strategy.rules if isinstance(rule, (Comparison, Top))}
         if strategy.repeat:
