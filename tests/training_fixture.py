@@ -37,7 +37,8 @@ def write_train_set(path: str, num_samples: int, samples_a_tar: int = 16) -> str
         with storage.write_file(storage.join(path, name)) as temporary, TarWriter(temporary) as tar:
             for place in range(start, min(start + samples_a_tar, num_samples)):
                 colour, shape = list(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
-                image = Image.new("RGB", tuple(rng.integers(18, 40, 2).tolist()), tuple(rng.integers(0, 90, 3).tolist()))
+                size, background = rng.integers(18, 40, 2).tolist(), rng.integers(0, 90, 3).tolist()
+                image = Image.new("RGB", tuple(size), tuple(background))
                 getattr(ImageDraw.Draw(image), shape)((3, 3, 14, 13), fill=COLOURS[colour])
                 file, extension = io.BytesIO(), ("png", "jpg")[place % 2]
                 image.save(file, {"png": "PNG", "jpg": "JPEG"}[extension])
@@ -46,9 +47,9 @@ def write_train_set(path: str, num_samples: int, samples_a_tar: int = 16) -> str
                 tar.add(f"{place:09d}.txt", caption.encode())
                 tar.add(f"{place:09d}.json", json.dumps({"uid": uid, "caption": caption}).encode())
                 rows.append((uid, name, offset, len(file.getvalue()), caption))
-    columns = dict(zip(("uid", "tar", "image_offset_bytes", "image_size_bytes", "caption"), zip(*rows, strict=True)))
+    names = ("uid", "tar", "image_offset_bytes", "image_size_bytes", "caption")
     table = io.BytesIO()
-    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), table)
+    pq.write_table(pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows]), table)
     storage.write_bytes(storage.join(path, "index.parquet"), table.getvalue())
     return path
 

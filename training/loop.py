@@ -1,6 +1,6 @@
 """The training loop, top to bottom: one recipe on one train set, to the sample.
 
-    out_path/open_clip/     open_clip_config.json, open_clip_model.safetensors: `local-dir:` and `pretrained=` of open_clip
+    out_path/open_clip/     open_clip_config.json, open_clip_model.safetensors: what plain open_clip loads
              metrics.jsonl  {"step": 10, "samples_seen": 640, "loss": 4.1, "ln_batch": 4.16, "lr": 6e-4, ...} a line
              ledger.json    what a checker needs to recompute who was seen when
              step_00000123/ while it runs: see checkpoint.py
@@ -213,7 +213,7 @@ def train(
         asked_s = time.monotonic()
         batch = next(batches)
         wait_s += time.monotonic() - asked_s
-        torch.manual_seed((seed << 32) + (step << 8) + rank & 0x7FFF_FFFF_FFFF_FFFF)
+        torch.manual_seed(((seed << 40) + (step << 12) + rank) & 0x7FFF_FFFF_FFFF_FFFF)
         batch = _to_device(batch, device)
         done = step + 1
         is_line = done % line_every == 0 or step == 0 or done == recipe.num_steps

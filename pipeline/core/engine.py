@@ -47,6 +47,8 @@ class Engine:
             paths = [ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
             os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
             options |= {"address": "local", "include_dashboard": False, "object_store_memory": 256 << 20}
+            # Ray ends idle workers beyond one per CPU after a second. Ours have imported torch, at 5 to 15 s each.
+            options["_system_config"] = {"num_workers_soft_limit": 4 * (os.cpu_count() or 1)}
         self.local = "address" in options
         ray.init(**options)
         self._cancelled = threading.Event()
