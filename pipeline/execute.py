@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import subprocess
 import threading
@@ -34,6 +35,8 @@ from stages.column_files import Column
 from stages.ingest import demo_world, pool_shards, sources
 from stages.selection import choose, train_set
 from stages.stage_worker import StageJob, StageWorker
+from training.recipe import Recipe
+from training.worker import train_on_ray
 
 POLL_S = 0.25
 POST_EVERY_S = 1.0
@@ -58,6 +61,7 @@ class Executor:
         self.run_path = run_path
         self.versions = package_versions()
         self.stopped = threading.Event()
+        self.interrupted: list[str] = []  # folders that were being written when the run was stopped
         self._over = threading.Event()
         self._watched: set[str] = set()
 
@@ -85,6 +89,7 @@ class Executor:
                         outcome.statuses = planning.resolve(self.plan, outcome.statuses)
                         self.write_plan(outcome)
             except BaseException:
+                self.interrupted = [_path(outcome.statuses, name) for names in running.values() for name in names]
                 self.stopped.set()
                 self.engine.cancel()
                 raise
@@ -308,14 +313,15 @@ class Executor:
         self.progress.start(label, recipe.samples_seen, "samples")
         self._watched.add(label)
         try:
+            every_s = self.plan.config.train.checkpoint_every_s
+            report = functools.partial(post, self.engine.board(), label)
             if (resources.workers or 1) > 1:
-                from training.worker import train_on_ray
-
-                facts = train_on_ray(source, out_path, recipe, seed, resources)
+                facts = train_on_ray(
+                    source, out_path, recipe, seed, resources, report=report, checkpoint_every_s=every_s
+                )
             else:
-                every_s = self.plan.config.train.checkpoint_every_s
-                arguments = (source, out_path, recipe, seed, _device(resources), _threads(resources), every_s)
-                facts = self._one(label, train_one, (*arguments, self.engine.board(), label), step)
+                arguments = (source, out_path, recipe, seed, _device(resources), _threads(resources), every_s, report)
+                facts = self._one(label, train_one, arguments, step)
         finally:
             self._watched.discard(label)
         self.progress.end(label)
@@ -418,7 +424,7 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
     run_path = _new_run_path(plan.config.root, now, name)
     storage.write_bytes(storage.join(run_path, "config.yaml"), _config_text(plan.config).encode())
     progress = log.Progress(storage.join(run_path, "log.jsonl"))
-    engine = None
+    engine = executor = None
     try:
         progress.event("run", config=config_path, root=plan.config.root, targets=list(targets))
         progress.say(f"{config_path} -> {plan.config.root}: {len(targets)} steps; log in {run_path}")
@@ -444,6 +450,8 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
         progress.close()
         if engine is not None:
             engine.close()
+        for path in executor.interrupted if executor else []:  # its writers are gone now
+            artifact.remove_temporaries(path)
 
 
 def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
@@ -544,15 +552,14 @@ def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.da
 def train_one(
     train_set_path: str,
     out_path: str,
-    recipe: Any,
+    recipe: Recipe,
     seed: int,
     device: str,
     threads: int,
     every_s: float,
-    board: Any,
-    label: str,
+    report: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Facts of one training in this process; progress is posted under its step's name."""
+    """Facts of one training in this process; `report` posts its progress."""
     from training.loop import train
 
     return train(
@@ -563,7 +570,7 @@ def train_one(
         device=device,
         threads=threads,
         checkpoint_every_s=every_s,
-        report=lambda metrics: post(board, label, metrics),
+        report=report,
     )
 
 

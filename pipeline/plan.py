@@ -301,7 +301,7 @@ def uses(plan: Plan, strategy: str) -> list[str]:
 
 
 def label(plan: Plan, strategy: str) -> str:
-    """`oracle` for a strategy that reads planted truth, `reference` for one that is no choice from the pool, else ""."""
+    """`oracle` for a strategy that reads planted truth, `reference` for one that is no choice from the pool, or ""."""
     if "reference" in (plan.config.strategies[strategy] or {}):
         return "reference"
     chosen, name = plan.steps[f"{strategy}/selection"].work

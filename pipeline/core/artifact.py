@@ -103,6 +103,7 @@ def finish(
     """
     entries: dict[str, dict[str, Any]] = {}
     notes = file_notes or {}
+    remove_temporaries(artifact.path)
     for name in storage.list_files(artifact.path, recursive=True):
         if storage.TEMPORARY_MARK in name or name == RECORD:
             continue
@@ -124,6 +125,13 @@ def finish(
     }
     storage.write_json(storage.join(artifact.path, RECORD), record)
     return record
+
+
+def remove_temporaries(path: str) -> None:
+    """None; removes what killed workers left in the folder. A live one of another run finds out and tries again."""
+    for name in storage.list_files(path, recursive=True):
+        if storage.TEMPORARY_MARK in storage.name_of(name):
+            storage.delete(storage.join(path, name))
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:

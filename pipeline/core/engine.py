@@ -8,6 +8,7 @@ says that the input is at fault. What still fails is collected and named: nothin
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -50,7 +51,9 @@ class Engine:
             # Ray ends idle workers beyond one per CPU after a second. Ours have imported torch, at 5 to 15 s each.
             options["_system_config"] = {"num_workers_soft_limit": 4 * (os.cpu_count() or 1)}
         self.local = "address" in options
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(**options)
+        signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, with an exit code of its own
         self._cancelled = threading.Event()
         self._board = ray.remote(num_cpus=0)(_Board).remote()
 
