@@ -1,6 +1,7 @@
 """Evaluation of one checkpoint on tasks: a folder of two files for each.
 
-result.json has CLIP_benchmark's schema, and no times, so equal work gives equal bytes:
+result.json has CLIP_benchmark's schema, and no times, so equal work gives equal bytes. It does hold the task's name
+and the name of the checkpoint's folder: the same numbers under another name are other bytes.
 
     {"dataset": "cifar10", "language": "en", "metrics": {"acc1": 0.43, "acc5": 0.89, "mean_per_class_recall": 0.43},
      "model": "ViT-B-32", "pretrained": "checkpoint-0f3a..", "task": "zeroshot_classification"}

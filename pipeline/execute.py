@@ -16,6 +16,7 @@ import importlib.metadata
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,11 +64,14 @@ class Executor:
         self.stopped = threading.Event()
         self.interrupted: list[str] = []  # folders that were being written when the run was stopped
         self._over = threading.Event()
-        self._watched: set[str] = set()
+        self._watched: dict[str, int] = {}  # trainings that were submitted, and their samples
 
     def run(self, targets: Sequence[str]) -> Outcome:
         """The outcome after every step that `targets` need is done, failed, or waits for a failed one."""
         wanted = self.plan.ancestors(list(targets))
+        for name in wanted:
+            step = self.plan.steps[name]
+            self.engine.check_fits(self._resources(step), f"cluster.{step.resources}")
         outcome = Outcome(planning.resolve(self.plan))
         running: dict[concurrent.futures.Future, list[str]] = {}
         self.write_plan(outcome)
@@ -149,8 +153,14 @@ class Executor:
                 self._finish(steps[0], statuses, facts, started, **notes)
                 failed = {}
         except Exception as error:  # the step boundary: recorded, and the other steps go on
-            if not isinstance(error, WinnowError):
-                log.logger.exception("%s failed", label)
+            if len(steps) > 1 and not self.stopped.is_set():  # one of them is at fault: each for itself
+                return {step: cause for name in names for step, cause in self._run_group([name], statuses).items()}
+            bug = error if not isinstance(error, WinnowError) else error.__cause__
+            if bug is not None and not isinstance(bug, WinnowError):
+                trace = getattr(bug, "remote_traceback", None) or "".join(traceback.format_exception(bug))
+                self.progress.event("traceback", step=label, text=trace)
+                if not self.stopped.is_set():
+                    self.progress.say(trace.rstrip())
             failed = dict.fromkeys(names, one_line(error))
         for name, cause in failed.items():
             if not self.stopped.is_set():
@@ -240,11 +250,14 @@ class Executor:
                 )
             )
         self.progress.start(label, len(todo))
-        facts: dict[str, float] = {"rows": 0, "ok_rows": 0}
+        seconds = dict.fromkeys((job.out_path for job in jobs), 0.0)
+        known: dict[str, dict] = {job.out_path: {} for job in jobs}
 
         def on_done(index: int, done: Mapping[str, Any]) -> None:
-            for key in facts:
-                facts[key] += done[key]
+            for out_path, spent in done["seconds"].items():
+                seconds[out_path] += spent
+            for out_path, files in done["known"].items():
+                known[out_path] |= files
             self.progress.advance(label, 1, done["rows"])
 
         self.engine.map_on_actors(
@@ -255,12 +268,12 @@ class Executor:
             resources,
             on_done,
         )
-        seconds = time.monotonic() - started
-        for step in steps:
-            notes = {f"{shard.name}.parquet": {"pool_shard": shard.digest} for shard in shards}
-            own = {"rows": sum(shard.rows for shard in shards), "scored_now": facts, "device": _device(resources)}
-            own |= {"cpu_hours": seconds * resources.cpus / 3600, "gpu_hours": seconds * resources.gpus / 3600}
-            self._finish(step, statuses, own, started, file_notes=notes)
+        notes = {f"{shard.name}.parquet": {"pool_shard": shard.digest} for shard in shards}
+        for step, job in zip(steps, jobs, strict=True):
+            hours = seconds[job.out_path] / 3600  # in the stage itself; reading and decoding is shared
+            facts = {"rows": sum(shard.rows for shard in shards), "device": _device(resources)}
+            facts |= {"cpu_hours": hours * resources.cpus, "gpu_hours": hours * resources.gpus}
+            self._finish(step, statuses, facts, started, file_notes=notes, known=known[job.out_path])
         self.progress.end(label)
         return {}
 
@@ -271,7 +284,7 @@ class Executor:
         if "model" in step.inputs:
             return {"folder": storage.join(_path(statuses, step.inputs["model"]), "open_clip")}
         model = self.plan.config.models[step.work.model]
-        return {"architecture": model.architecture, "pretrained": model.pretrained}
+        return {"architecture": model.architecture, "pretrained": planning.weights_path(model.pretrained or "")}
 
     def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         chosen, name = step.work
@@ -310,20 +323,18 @@ class Executor:
         recipe, seed = step.work
         resources = self._resources(step)
         source, out_path = _path(statuses, step.inputs["train_set"]), _path(statuses, step.name)
-        self.progress.start(label, recipe.samples_seen, "samples")
-        self._watched.add(label)
+        self._watched[label] = recipe.samples_seen
         try:
             every_s = self.plan.config.train.checkpoint_every_s
             report = functools.partial(post, self.engine.board(), label)
             if (resources.workers or 1) > 1:
-                facts = train_on_ray(
-                    source, out_path, recipe, seed, resources, report=report, checkpoint_every_s=every_s
-                )
+                arguments = (source, out_path, recipe, seed, resources, every_s, report)
+                facts = self.engine.map(train_on_several, [arguments], [label], Resources(cpus=0))[0]
             else:
                 arguments = (source, out_path, recipe, seed, _device(resources), _threads(resources), every_s, report)
                 facts = self._one(label, train_one, arguments, step)
         finally:
-            self._watched.discard(label)
+            self._watched.pop(label)
         self.progress.end(label)
         return facts, {"fact_files": ["metrics.jsonl"]}
 
@@ -371,7 +382,8 @@ class Executor:
             return
         if step.kind == "pool":
             real = [source for source in step.work.values() if source.layout != sources.DEMO]
-            needed = sum(entry.size_bytes for source in real for entry in sources.find(source).files.values())
+            sizes = sum(entry.size_bytes for source in real for entry in sources.find(source).files.values())
+            needed = int(sizes * step.values["sample"])
         elif step.kind == "train_set":
             files = (statuses[step.inputs["pool"]].record or {})["files"]
             facts = (statuses[step.inputs["selection"]].record or {})["facts"]
@@ -379,6 +391,8 @@ class Executor:
             needed = int(tars * facts["kept_samples"] / max(1, facts["ok_rows"]))
         else:
             return
+        folder = _path(statuses, step.name)
+        needed -= sum(storage.size_bytes(storage.join(folder, name)) for name in storage.list_files(folder))
         if needed > free:
             sizes = f"about {log.short_count(needed)}B, {log.short_count(free)}B are free"
             raise StepError(f"{step.name}: not enough disk at {self.plan.config.root}: it will write {sizes}")
@@ -394,10 +408,15 @@ class Executor:
             except Exception as error:  # the board is a convenience: without it a run is only less talkative
                 log.logger.debug("no progress to show: %s", error)
                 continue
-            for label in list(self._watched):
+            for label, total in list(self._watched.items()):
                 values = posted.get(label)
-                if values and values["samples_seen"] > seen.get(label, 0):
-                    new = values["samples_seen"] - seen.get(label, 0)
+                if values is None:
+                    continue
+                if label not in seen:  # it may have waited for a place, or goes on from a saved step
+                    seen[label] = values["samples_seen"]
+                    self.progress.start(label, total - seen[label], "samples")
+                elif values["samples_seen"] > seen[label]:
+                    new = values["samples_seen"] - seen[label]
                     seen[label] = values["samples_seen"]
                     self.progress.advance(label, new, new, note=f"loss {values['loss']:.3f}")
 
@@ -433,19 +452,18 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
         engine = Engine()
         executor = Executor(plan, engine, progress, run_path)
         outcome = executor.run(targets)
-        storage.write_json(storage.join(run_path, "run.json"), run_record(executor, outcome, name, now))
-        failed = {step: cause for step, cause in outcome.failures.items() if step in targets}
         if whole:
             from pipeline import report
 
+            storage.write_json(storage.join(run_path, "run.json"), run_record(executor, outcome, name, now))
             board = report.build_report(run_path)
             progress.close()
-            print(report.terminal_table(board))
+            print(report.terminal_table(board, log.screen_width()))
             print(f"\nleaderboard: {storage.join(run_path, 'leaderboard.html')}")
-        for step, cause in failed.items():
+        for step, cause in outcome.failures.items():
             progress.say(f"FAILED  {step}: {cause}")
         progress.event("run_end", failures=outcome.failures)
-        return 1 if failed else 0
+        return 1 if outcome.failures else 0
     finally:
         progress.close()
         if engine is not None:
@@ -572,6 +590,19 @@ def train_one(
         checkpoint_every_s=every_s,
         report=report,
     )
+
+
+def train_on_several(
+    train_set_path: str,
+    out_path: str,
+    recipe: Recipe,
+    seed: int,
+    resources: Resources,
+    every_s: float,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Facts of one training on several workers; this process only waits for them."""
+    return train_on_ray(train_set_path, out_path, recipe, seed, resources, report=report, checkpoint_every_s=every_s)
 
 
 def evaluate_all(

@@ -17,8 +17,8 @@ from typing import Any
 
 from eval import tasks as eval_tasks
 from pipeline.core import artifact, clip_model, pool, storage
-from pipeline.core.config import Config, ModelConfig, PoolConfig
-from pipeline.core.errors import ConfigError, suggestion
+from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig
+from pipeline.core.errors import ConfigError, WinnowError, one_line, suggestion
 from stages import build_stage
 from stages.base import Stage
 from stages.column_files import POOL_TYPES
@@ -86,6 +86,10 @@ def build(config: Config, place: str) -> Plan:
     steps: dict[str, Step] = {}
 
     def add(step: Step) -> str:
+        if step.name in steps:
+            raise ConfigError(
+                f"{place}: two steps are called {step.name}; give a stage, model or strategy another name"
+            )
         steps[step.name] = step
         return step.name
 
@@ -132,9 +136,7 @@ def build(config: Config, place: str) -> Plan:
             inputs[f"column/{column}"] = add_stage(owner)
         values: dict[str, Any] = {"fields": _fields(stage)}
         for parameter, path in stage.external_files().items():
-            if not storage.exists(path):
-                raise ConfigError(f"{place}: stages.{alias}.{parameter} = {path}, expected a file that exists")
-            values["fields"][parameter] = storage.sha256_file(path)
+            values["fields"][parameter] = _file_digest(path, f"{place}: stages.{alias}.{parameter}")
         if stage.uses_model:
             name = stage.model  # type: ignore[attr-defined]
             if name not in config.models:
@@ -159,11 +161,11 @@ def build(config: Config, place: str) -> Plan:
         trained = _recipe(recipes, model.recipe or "", f"{place}: models.{name}.recipe")
         source = add_train_set(f"{step_name}/", model.on or "")
         visiting.pop()
-        return add(_train_step(step_name, trained, model.seed, source))
+        return add(_train_step(step_name, trained, model.seed or 0, source))
 
     def add_train_set(prefix: str, choice: str) -> str:
         """The steps that turn a strategy, or a whole reference, into a train set; `prefix` names them."""
-        reference = on_references.get(choice) or (choice if choice in config.references else None)
+        reference = choice if choice in config.references else on_references.get(choice)
         pool_step = f"reference/{reference}" if reference else "pool"
         inputs = {"pool": pool_step}
         if reference:
@@ -176,7 +178,7 @@ def build(config: Config, place: str) -> Plan:
                     inputs[f"column/{column}"] = add_stage(owner)
         values = {
             "strategy": algebra.definition(chosen, name),
-            "files": [storage.sha256_file(path) for path in algebra.used_files(chosen, name)],
+            "files": [_file_digest(path, f"{place}: strategies: uids") for path in algebra.used_files(chosen, name)],
         }
         selection = add(
             Step(f"{prefix}selection", "selection", choose.VERSION, values, inputs, "select", (chosen, name))
@@ -194,11 +196,10 @@ def build(config: Config, place: str) -> Plan:
 
     for alias in stages:
         add_stage(alias)
-    for name, model in config.models.items():
-        if model.recipe is not None:
-            add_model(name, model)
-        else:
-            _published_model(model, f"{place}: models.{name}")
+    used = {getattr(stage, "model", None) for stage in stages.values() if stage.uses_model}
+    for name in config.models:
+        if name not in used:
+            raise ConfigError(f"{place}: models.{name} has no effect, expected a stage that names it as its model")
 
     shared = _recipe(recipes, config.train.recipe, f"{place}: train.recipe")
     tasks = _add_tasks(config, add, place)
@@ -211,16 +212,20 @@ def build(config: Config, place: str) -> Plan:
                 values = {"task": data.digest if data else task}
                 name = f"{strategy}/seed{seed}/eval/{task}"
                 add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
-    _check_cluster_names(config, stages, place)
-    warnings = [f"recipe {config.train.recipe}: {warning}" for warning in recipe.check(shared)]
+    _check_cluster(config, stages, place)
+    in_use = {config.train.recipe: shared} | {
+        model.recipe: recipes[model.recipe] for model in config.models.values() if model.recipe
+    }
+    warnings = [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
     return Plan(config, steps, columns, shared, tasks, warnings)
 
 
-def resolve(plan: Plan, known: dict[str, Status] | None = None) -> dict[str, Status]:
+def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = False) -> dict[str, Status]:
     """The state of every step, by looking at what is finished below the root.
 
     Args:
         known: earlier answers; steps that were done then are not looked at again.
+        explain: look at all finished artifacts to say of a step to be done how it differs from one that is.
     """
     root = plan.config.root
     found: dict[str, Status] = {}
@@ -244,7 +249,7 @@ def resolve(plan: Plan, known: dict[str, Status] | None = None) -> dict[str, Sta
             found[name] = Status("todo", made, f"{len(stale)} shards of the pool changed", record)
             continue
         if siblings is None:
-            siblings = _finished_by_kind(root)
+            siblings = _finished_by_kind(root) if explain else {}
         found[name] = Status("todo", made, _why(made, siblings.get(step.kind, [])))
     return found
 
@@ -310,9 +315,15 @@ def label(plan: Plan, strategy: str) -> str:
 
 
 def _pool_step(name: str, config: PoolConfig, place: str) -> Step:
-    parsed = sources.parse(config.source, f"{place}.source")
+    try:
+        parsed = sources.parse(config.source, f"{place}.source")
+        digests = {source_name: sources.source_digest(source) for source_name, source in parsed.items()}
+    except WinnowError:
+        raise
+    except Exception as error:  # each store has error classes of its own; all mean the same to the user
+        raise ConfigError(f"{place}.source can't be read: {one_line(error)}") from error
     values = {
-        "sources": {source_name: sources.source_digest(source) for source_name, source in parsed.items()},
+        "sources": digests,
         "shard_size": config.shard_size,
         "sample": config.sample,
     }
@@ -342,13 +353,17 @@ def _stages(config: Config, place: str) -> dict[str, Stage]:
     for index, entry in enumerate(config.stages):
         where = f"{place}: stages.{index}"
         fields = {"name": entry} if isinstance(entry, str) else dict(entry)
-        if "name" not in fields:
-            raise ConfigError(f"{where}.name is missing, expected the name of a stage")
-        name = fields.pop("name")
+        name = fields.pop("name", None)
         alias = fields.pop("as", name)
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}.name = {name}, expected the name of a stage")
+        if not isinstance(alias, str) or not NAME.match(alias) or alias in RESERVED:
+            raise ConfigError(f"{where}.as = {alias}, expected a name of a-z, 0-9, _ that is no other step's")
         if alias in found:
             raise ConfigError(f"{where}: a second stage is called {alias}; give it another name with `as:`")
-        found[alias] = build_stage(name, fields, where)
+        stage = build_stage(name, fields, where)
+        given = [parameter for parameter in stage.external_files() if getattr(stage, parameter)]
+        found[alias] = replace(stage, **{name: storage.absolute(getattr(stage, name)) for name in given})
     return found
 
 
@@ -360,17 +375,19 @@ def _fields(stage: Stage) -> dict[str, Any]:
     return {name: getattr(stage, name) for name in type(stage).__dataclass_fields__}
 
 
+def weights_path(pretrained: str) -> str:
+    """A weights file's absolute path, or the tag as it is."""
+    return storage.absolute(pretrained) if storage.is_url(pretrained) or storage.exists(pretrained) else pretrained
+
+
 def _published_model(model: ModelConfig, place: str) -> dict[str, Any]:
     architecture = model.architecture
     assert architecture is not None  # config checks that a model has one or a recipe
     clip_model.check_architecture(architecture, f"{place}.architecture")
     pretrained = model.pretrained or ""
     if storage.is_url(pretrained) or storage.exists(pretrained):
-        if not storage.exists(pretrained):
-            raise ConfigError(f"{place}.pretrained = {pretrained}, expected a weights file that exists")
-        pretrained = storage.sha256_file(pretrained)
-    else:
-        clip_model.check_tag(architecture, pretrained, f"{place}.pretrained")
+        return {"architecture": architecture, "weights": _file_digest(pretrained, f"{place}.pretrained")}
+    clip_model.check_tag(architecture, pretrained, f"{place}.pretrained")
     return {"architecture": architecture, "pretrained": pretrained}
 
 
@@ -384,8 +401,8 @@ def _reference_strategies(config: Config, definitions: Mapping[str, Any], place:
         if len(definition) > 1:
             raise ConfigError(f"{where}: reference stands alone, expected no other key beside it")
         reference = definition["reference"]
-        if reference not in config.references:
-            hint = suggestion(reference, config.references)
+        if not isinstance(reference, str) or reference not in config.references:
+            hint = suggestion(str(reference), config.references)
             raise ConfigError(f"{where}.reference = {reference}, expected one of the references.{hint}")
         found[name] = reference
     return found
@@ -398,17 +415,40 @@ def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[s
         return {data.name: replace(data, digest=eval_tasks.task_digest(data)) for data in found}
     add(Step("tasks", "tasks", demo_world.VERSION, {"seed": config.seed}, {}, "pool"))
     for index, entry in enumerate(config.eval.tasks):
-        if entry not in demo_world.TASKS:
+        if not isinstance(entry, str) or entry not in demo_world.TASKS:
             hint = suggestion(str(entry), demo_world.TASKS)
             raise ConfigError(f"{place}: eval.tasks.{index} = {entry}, expected a task of the demo world.{hint}")
+    if len(set(config.eval.tasks)) != len(config.eval.tasks):
+        raise ConfigError(f"{place}: eval.tasks = {config.eval.tasks}, expected each task once")
     return dict.fromkeys(map(str, config.eval.tasks))
 
 
-def _check_cluster_names(config: Config, stages: Mapping[str, Stage], place: str) -> None:
+# Which settings of `cluster:` mean something for which step; cpus, gpus, memory_gb and labels do for all.
+WORKERS_OF = ("pool", "train_set", "train")
+BATCH_SIZE_OF = ("eval",)
+MAX_CONCURRENT_OF = ("train",)
+
+
+def _check_cluster(config: Config, stages: Mapping[str, Stage], place: str) -> None:
     names = {"pool", "select", "train_set", "train", "eval", *stages}
-    for name in config.cluster:
+    for name, resources in config.cluster.items():
         if name not in names:
             raise ConfigError(f"{place}: cluster.{name} is no step.{suggestion(name, names)}")
+        for setting, steps in (
+            ("workers", (*WORKERS_OF, *stages)),
+            ("batch_size", (*BATCH_SIZE_OF, *stages)),
+            ("max_concurrent", MAX_CONCURRENT_OF),
+        ):
+            if getattr(resources, setting) is not None and name not in steps:
+                raise ConfigError(f"{place}: cluster.{name}.{setting} has no effect, expected it to be left out")
+
+
+def _file_digest(path: str, place: str) -> str:
+    """The sha256 of a file that the config names. Raises ConfigError when it can't be read."""
+    try:
+        return storage.sha256_file(path)
+    except Exception as error:  # each store has error classes of its own; all mean the same to the user
+        raise ConfigError(f"{place} = {path}, expected a file that can be read: {one_line(error)}") from error
 
 
 def _enter(visiting: list[str], name: str, place: str) -> None:
@@ -457,7 +497,7 @@ def _holds(path: list[str], words: list[str]) -> bool:
 
 def describe(plan: Plan, wanted: list[str]) -> str:
     """What --plan prints: step, state, artifact, and why; then the counts."""
-    statuses = resolve(plan)
+    statuses = resolve(plan, explain=True)
     names = plan.ancestors(wanted)
     rows = []
     for name in names:

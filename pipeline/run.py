@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         from pipeline.runs import newest_run
 
         run_path = newest_run(loaded.root)
-        print(report.terminal_table(report.build_report(run_path)))
+        print(report.terminal_table(report.build_report(run_path), log.screen_width()))
         print(f"\nleaderboard: {storage.join(run_path, 'leaderboard.html')}")
         return 0
     if options.clean:
@@ -101,7 +101,10 @@ def run(options: argparse.Namespace) -> int:
     if options.plan:
         print(planning.describe(plan, targets))
         return 0
-    storage.check_writable(loaded.root, f"{options.config}: root")
+    try:
+        storage.check_writable(loaded.root, f"{options.config}: root")
+    except WinnowError as error:
+        raise ConfigError(str(error)) from error
 
     from pipeline import execute
 

@@ -1,8 +1,12 @@
 """Several map stages over one pool shard: its images are read and decoded once for all of them.
 
 Rows go through in groups of GROUP_ROWS, each a row group of every output file, so that bytes do not depend on batch
-sizes. Within a group, the ok rows form blocks: at most the largest batch size, and at most BLOCK_PIXELS of decoded
-image (or one image). Memory: two blocks of images (the next is decoded while one is in work) and one group of rows.
+sizes. Within a group, a stage's batches start at the multiples of its own batch size among the ok rows; one of a stage
+that reads pixels is cut where its images would have more than BATCH_PIXELS. So what process() sees, last bits of a
+model's output included, depends on the shard and on the stage's own batch size alone, never on the stages beside it.
+
+Images are read and decoded in blocks, the next one while one is in work, and dropped once every stage has had them.
+Memory: one group of rows, two blocks, and of each row that a stage's next batch waits for its bytes and image.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from stages.base import Batch, Stage
 from stages.column_files import ARROW_TYPES, Column, file_path, is_current, open_columns, row_groups
 
 GROUP_ROWS = 4096
-BLOCK_PIXELS = 128_000_000  # 384 MB as RGB
+BATCH_PIXELS = 128_000_000  # of one batch, or one image: 384 MB as RGB
+BLOCK_ROWS = 256
+BLOCK_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,14 @@ def score_shard(pool_path: str, shard: Shard, stages: Sequence[LoadedStage], thr
         threads: threads that decode images, beside the caller's.
 
     Returns:
-        {rows, ok_rows, image_bytes, seconds: {out_path: seconds in process()}} of what was computed now.
+        {rows, ok_rows, image_bytes, seconds: {out_path: seconds in process()}} of what was computed now, and
+        known: {out_path: {file name: {bytes, sha256}}} of the files that were written now.
 
     Raises:
         WinnowError: an image that decoded when the pool was made does not now, or a stage breaks its contract.
     """
     pending = [entry for entry in stages if not is_current(entry.out_path, shard)]
-    facts: dict[str, Any] = {"rows": shard.rows, "ok_rows": 0, "image_bytes": 0, "seconds": {}}
+    facts: dict[str, Any] = {"rows": shard.rows, "ok_rows": 0, "image_bytes": 0, "seconds": {}, "known": {}}
     if not pending:
         return facts
     facts["seconds"] = {entry.out_path: 0.0 for entry in pending}
@@ -69,14 +76,11 @@ def score_shard(pool_path: str, shard: Shard, stages: Sequence[LoadedStage], thr
         for group in _groups(stack, pool_path, shard, pending):
             ok_rows = np.flatnonzero(group.rows["ok"].to_numpy())
             facts["ok_rows"] += len(ok_rows)
-            for block in _ahead(_blocks(pool_path, shard, group, ok_rows, pending, decoder)):
-                facts["image_bytes"] += sum(map(len, block.image_bytes or ()))
-                for entry, writer, extra in zip(pending, writers, group.columns, strict=True):
-                    started = time.perf_counter()
-                    writer.process(block, extra)
-                    facts["seconds"][entry.out_path] += time.perf_counter() - started
+            _score_group(pool_path, shard, group, ok_rows, writers, decoder, facts)
             for writer in writers:
                 writer.end_group(group.rows["uid"], ok_rows)
+        for writer in writers:
+            facts["known"][writer.entry.out_path] = {f"{shard.name}.parquet": writer.close()}
     return facts
 
 
@@ -88,12 +92,91 @@ class _Group:
     columns: list[pa.Table | None]
 
 
+def _score_group(
+    pool_path: str,
+    shard: Shard,
+    group: _Group,
+    ok_rows: np.ndarray,
+    writers: Sequence[_Writer],
+    decoder: ThreadPoolExecutor,
+    facts: dict[str, Any],
+) -> None:
+    """None; every stage has had all ok rows of the group, in its own batches."""
+    table = group.rows.take(ok_rows)
+    pixels = table["width_px"].to_numpy().astype(np.int64) * table["height_px"].to_numpy()
+    columns = {name: values.to_pylist() for name, values in zip(table.column_names, table.columns, strict=True)}
+    own = []  # of each stage: its columns of the group
+    queues = []  # of each stage: the ends of the batches that are left, the next one last
+    for writer, needed in zip(writers, group.columns, strict=True):
+        extra = needed.take(ok_rows) if needed is not None else None
+        own.append(columns | {name: _values(extra[name]) for name in (extra.column_names if extra is not None else ())})
+        of_stage = pixels if writer.entry.stage.reads == "pixels" else None
+        queues.append(_batch_ends(len(ok_rows), writer.entry.rows_per_call, of_stage)[::-1])
+    starts = [0] * len(writers)
+    window: dict[str, _Window] = {"bytes": _Window(), "pixels": _Window()}
+    readers = {what: [at for at, writer in enumerate(writers) if writer.entry.stage.reads == what] for what in window}
+    for block in _ahead(_blocks(pool_path, shard, table, pixels, {what for what in window if readers[what]}, decoder)):
+        facts["image_bytes"] += sum(map(len, block.image_bytes or ()))
+        window["bytes"].add(block.image_bytes)
+        window["pixels"].add(block.images())
+        for at, (writer, queue) in enumerate(zip(writers, queues, strict=True)):
+            reads = writer.entry.stage.reads
+            while queue and queue[-1] <= block.stop:
+                start, stop = starts[at], queue.pop()
+                batch = Batch(
+                    {name: values[start:stop] for name, values in own[at].items()},
+                    window["bytes"].get(start, stop) if reads in window else None,
+                    window["pixels"].get(start, stop) if reads == "pixels" else None,
+                )
+                started = time.perf_counter()
+                writer.process(batch)
+                facts["seconds"][writer.entry.out_path] += time.perf_counter() - started
+                starts[at] = stop
+        # A stage that reads pixels may look at the bytes as well.
+        window["bytes"].drop_before(min((starts[at] for what in window for at in readers[what]), default=0))
+        window["pixels"].drop_before(min((starts[at] for at in readers["pixels"]), default=0))
+
+
+def _batch_ends(num_rows: int, rows_per_call: int, pixels: np.ndarray | None) -> list[int]:
+    """Where the batches of one group of ok rows end.
+
+    Args:
+        pixels: [num_rows] of the images, for a stage that reads them.
+    """
+    ends = []
+    for first in range(0, num_rows, rows_per_call):
+        start, last = first, min(first + rows_per_call, num_rows)
+        while pixels is not None and pixels[start:last].sum() > BATCH_PIXELS and last - start > 1:
+            start += max(1, int(np.searchsorted(np.cumsum(pixels[start:last]), BATCH_PIXELS, side="right")))
+            ends.append(start)
+        ends.append(last)
+    return ends
+
+
+class _Window:
+    """The images (or their bytes) of a group's rows that a stage still waits for."""
+
+    def __init__(self) -> None:
+        self.start = 0
+        self.entries: list[Any] = []
+
+    def add(self, entries: Sequence[Any] | None) -> None:
+        self.entries += entries or ()
+
+    def get(self, start: int, stop: int) -> list[Any]:
+        return self.entries[start - self.start : stop - self.start]
+
+    def drop_before(self, start: int) -> None:
+        del self.entries[: start - self.start]
+        self.start = start
+
+
 @dataclass
 class _Block:
-    """Some ok rows of a group, their image bytes, and their images once decoded."""
+    """The ok rows of a group up to `stop`: image bytes, and images once decoded, of those after the last block."""
 
-    rows: np.ndarray
-    columns: dict[str, list]
+    stop: int
+    uids: list[str]
     image_bytes: list[bytes] | None
     decoding: list[Future] | None
     shard_place: str
@@ -102,13 +185,14 @@ class _Block:
         if self.decoding is None:
             return None
         decoded = []
-        for uid, future in zip(self.columns["uid"], self.decoding, strict=True):
+        for uid, future in zip(self.uids, self.decoding, strict=True):
             try:
                 decoded.append(future.result())
             except ImageError as error:
                 raise WinnowError(
                     f"{self.shard_place}: uid {uid}: {error}, expected an image that decodes as it did before"
                 ) from error
+        self.decoding = None  # the window holds them from here on
         return decoded
 
 
@@ -143,27 +227,19 @@ def _groups(
 
 
 def _blocks(
-    pool_path: str,
-    shard: Shard,
-    group: _Group,
-    ok_rows: np.ndarray,
-    stages: Sequence[LoadedStage],
-    decoder: ThreadPoolExecutor,
+    pool_path: str, shard: Shard, table: pa.Table, pixels: np.ndarray, reads: set[str], decoder: ThreadPoolExecutor
 ) -> Iterator[_Block]:
-    reads = {entry.stage.reads for entry in stages}
-    max_rows = max(entry.rows_per_call for entry in stages)
-    table = group.rows.take(ok_rows)
-    pixels = table["width_px"].to_numpy().astype(np.int64) * table["height_px"].to_numpy()
+    """The rows of `table` (ok ones) in blocks; a single one without images where no stage reads them."""
+    place = f"{pool_path}/{shard.name}.tar"
     start = 0
-    while start < len(ok_rows):
-        stop = min(start + max_rows, len(ok_rows))
+    while start < table.num_rows:
+        stop = min(start + BLOCK_ROWS, table.num_rows) if reads else table.num_rows
         if "pixels" in reads:
             stop = start + max(1, int(np.searchsorted(np.cumsum(pixels[start:stop]), BLOCK_PIXELS, side="right")))
         part = table.slice(start, stop - start)
-        data = list(pool.read_images(pool_path, shard.name, part)) if reads & {"bytes", "pixels"} else None
-        decoding = [decoder.submit(images.decode_rgb, image) for image in data] if "pixels" in reads else None
-        columns = {name: part[name].to_pylist() for name in part.column_names}
-        yield _Block(ok_rows[start:stop], columns, data, decoding, f"{pool_path}/{shard.name}.tar")
+        data = list(pool.read_images(pool_path, shard.name, part)) if reads else None
+        decoding = [decoder.submit(images.decode_rgb, image) for image in data or ()] if "pixels" in reads else None
+        yield _Block(stop, part["uid"].to_pylist(), data, decoding, place)
         start = stop
 
 
@@ -184,26 +260,19 @@ class _Writer:
         self.place = f"stage {type(entry.stage).__name__}, shard {shard.name}"
         fields = [("uid", pa.string()), *((name, ARROW_TYPES[kind]) for name, kind in entry.stage.adds.items())]
         self.schema = pa.schema(fields, metadata={pool.SHARD_DIGEST: shard.digest})
-        temporary = stack.enter_context(storage.write_file(file_path(entry.out_path, shard)))
-        self.file = stack.enter_context(pq.ParquetWriter(temporary, self.schema, compression="zstd", version="2.6"))
+        self.temporary = stack.enter_context(storage.write_file(file_path(entry.out_path, shard)))
+        self.file = stack.enter_context(
+            pq.ParquetWriter(self.temporary, self.schema, compression="zstd", version="2.6")
+        )
         self.parts: dict[str, list[pa.Array]] = {name: [] for name in entry.stage.adds}
 
-    def process(self, block: _Block, extra: pa.Table | None) -> None:
-        columns = dict(block.columns)
-        if extra is not None:
-            picked = extra.take(block.rows)
-            columns |= {name: _values(picked[name]) for name in picked.column_names}
-        reads = self.entry.stage.reads
-        decoded = block.images() if reads == "pixels" else None
-        data = block.image_bytes if reads in ("bytes", "pixels") else None
-        for start in range(0, len(block.rows), self.entry.rows_per_call):
-            cut = slice(start, start + self.entry.rows_per_call)
-            batch = Batch(
-                {name: values[cut] for name, values in columns.items()},
-                None if data is None else data[cut],
-                None if decoded is None else decoded[cut],
-            )
-            self._keep(self.entry.stage.process(batch, self.entry.state), len(batch))
+    def process(self, batch: Batch) -> None:
+        self._keep(self.entry.stage.process(batch, self.entry.state), len(batch))
+
+    def close(self) -> dict[str, Any]:
+        """{bytes, sha256} of the file, which is whole now but not yet under its name."""
+        self.file.close()
+        return {"bytes": storage.size_bytes(self.temporary), "sha256": storage.sha256_file(self.temporary)}
 
     def _keep(self, found: Mapping[str, Sequence], num_rows: int) -> None:
         adds = self.entry.stage.adds

@@ -58,7 +58,7 @@ def _row(tar: TarWriter, number: int, entry: Mapping[str, Any]) -> dict[str, Any
     row = {"key": key, "uid": f"{number:032x}", "caption": entry["caption"], "ok": False, "error": "undecodable"}
     if entry["image"] is not None:
         image = images.open_image(entry["image"])
-        extension = images.format_of(image)
+        extension = images.FORMATS[image.format]
         row |= {"ok": True, "error": None, "image_format": extension, "image_size_bytes": len(entry["image"])}
         row |= dict(zip(("width_px", "height_px"), image.size, strict=True))
         row |= dict(zip(("original_width_px", "original_height_px"), image.size, strict=True))

@@ -97,10 +97,88 @@ def test_rows_stay_in_order_and_failed_ones_are_null(pool_path, tmp_path):
 def test_bytes_do_not_depend_on_batch_size_or_threads(pool_path, tmp_path, monkeypatch):
     score(pool_path, tmp_path / "a", deterministic(), batch_size=3)
     monkeypatch.setattr(score_shard, "BLOCK_PIXELS", 5000)
+    monkeypatch.setattr(score_shard, "BATCH_PIXELS", 9000)
     score(pool_path, tmp_path / "b", deterministic(), threads=3)
     for name in deterministic():
         first, second = ((tmp_path / side / name / "00000.parquet").read_bytes() for side in "ab")
         assert first == second
+
+
+@dataclass(frozen=True)
+class Recorded(Stage):
+    """Records the uids of its batches."""
+
+    reads: ClassVar[str] = "pixels"
+    adds: ClassVar = {"width": "int32"}
+    batch_size: ClassVar[int] = 4
+
+    def load(self, context):
+        return []
+
+    def process(self, batch, state):
+        assert [image.width for image in batch.images] == batch.columns["width_px"]
+        assert [Image.open(io.BytesIO(data)).size for data in batch.image_bytes] == [i.size for i in batch.images]
+        state.append(batch.columns["uid"])
+        return {"width": [image.width for image in batch.images]}
+
+
+@dataclass(frozen=True)
+class Larger(Recorded):
+    batch_size: ClassVar[int] = 7
+
+
+@dataclass(frozen=True)
+class OfCaptions(Recorded):
+    reads: ClassVar[str] = "caption"
+    batch_size: ClassVar[int] = 5
+
+    def process(self, batch, state):
+        return {"width": [len(caption) for caption in batch.columns["caption"]]}
+
+
+@pytest.mark.parametrize("block_rows", [3, 256])
+@pytest.mark.parametrize(("batch_pixels", "sizes"), [(10**9, [4, 4, 4]), (12_000, [4, 3, 1, 3, 1])])
+def test_a_stages_batches_do_not_depend_on_the_others(
+    pool_path, tmp_path, monkeypatch, block_rows, batch_pixels, sizes
+):
+    monkeypatch.setattr(score_shard, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(score_shard, "BLOCK_PIXELS", 8000)
+    monkeypatch.setattr(score_shard, "BATCH_PIXELS", batch_pixels)
+    shard = pool.load_shards(pool_path)[0]
+    seen = []
+    for number, others in enumerate([(), (Larger(),), (OfCaptions(), Larger()), (OfCaptions(),)]):
+        loaded = [
+            LoadedStage(stage, [], f"{tmp_path}/{number}-{index}") for index, stage in enumerate((*others, Recorded()))
+        ]
+        score_shard.score_shard(pool_path, shard, loaded)
+        seen.append(loaded[-1].state)
+    assert [len(uids) for uids in seen[0]] == sizes
+    assert all(batches == seen[0] for batches in seen)
+    rows = pool.read_rows(pool_path, shard.name).to_pylist()
+    assert [uid for batch in seen[0] for uid in batch] == [row["uid"] for row in rows if row["ok"]]
+
+
+def test_few_images_are_held_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(score_shard, "BLOCK_PIXELS", 2 * 64 * 48)
+    monkeypatch.setattr(score_shard, "BATCH_PIXELS", 4 * 64 * 48)
+    most = []
+    add = score_shard._Window.add
+    monkeypatch.setattr(
+        score_shard._Window, "add", lambda window, new: (add(window, new), most.append(len(window.entries)))
+    )
+    path = write_pool(tmp_path, [[{"image": drawing(number), "caption": "a"} for number in range(40)]])
+    score(path, tmp_path / "out", {"one": Recorded(), "two": Larger()})
+    assert max(most) <= 6  # a batch and a block
+
+
+def test_written_files_come_with_their_digests(pool_path, tmp_path):
+    stages = deterministic()
+    score(pool_path, tmp_path, {"caption_stats": stages["caption_stats"]})
+    facts, _ = score(pool_path, tmp_path, stages)
+    assert sorted(facts["known"]) == sorted(f"{tmp_path}/{name}" for name in stages if name != "caption_stats")
+    for path, files in facts["known"].items():
+        data = pathlib.Path(path, "00000.parquet").read_bytes()
+        assert files == {"00000.parquet": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 
 
 def test_rows_beyond_one_group(pool_path, tmp_path, monkeypatch):
@@ -128,7 +206,7 @@ def test_finished_files_are_kept_until_the_pool_shard_changes(pool_path, tmp_pat
     score(pool_path, tmp_path, stages)
     written = (tmp_path / "caption_stats" / "00000.parquet").stat().st_mtime_ns
     facts, _ = score(pool_path, tmp_path, stages)
-    assert facts["seconds"] == {}
+    assert facts["seconds"] == facts["known"] == {}
     assert (tmp_path / "caption_stats" / "00000.parquet").stat().st_mtime_ns == written
     shard = pool.load_shards(pool_path)[0]
     assert is_current(f"{tmp_path}/caption_stats", shard)
@@ -241,6 +319,24 @@ def test_no_language_model_says_how_to_get_one(monkeypatch):
         build_stage("language", {}, "").external_files()
     with pytest.raises(ConfigError, match="model = /nowhere.bin, expected a fastText model file"):
         build_stage("language", {"model": "/nowhere.bin"}, "").load(LoadContext())
+
+
+def test_a_language_model_that_is_none_is_one_line(tmp_path):
+    import fasttext
+
+    (tmp_path / "text.bin").write_text("no model")
+    (tmp_path / "empty.bin").touch()
+    for wrong in (tmp_path, tmp_path / "text.bin", tmp_path / "empty.bin"):
+        with pytest.raises(ConfigError, match=f"stages.language.model = {wrong}, expected a fastText model file"):
+            build_stage("language", {"model": str(wrong)}, "").external_files()
+    (tmp_path / "words.txt").write_text("a few words are enough here\n" * 20)
+    vectors = fasttext.train_unsupervised(str(tmp_path / "words.txt"), dim=4, bucket=100, thread=1, verbose=0)
+    vectors.save_model(str(tmp_path / "vectors.bin"))
+    stage = build_stage("language", {"model": str(tmp_path / "vectors.bin")}, "")
+    stage.external_files()
+    with pytest.raises(WinnowError, match="vectors.bin, expected a fastText model of languages: ") as caught:
+        stage.load(LoadContext())
+    assert "\n" not in str(caught.value)
 
 
 def test_phash_finds_a_smaller_copy_and_leaves_flat_pictures_out():

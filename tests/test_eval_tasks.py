@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from eval.tasks import METRICS, TASKS, resolve_task, resolve_tasks, task_digest
+from pipeline.core import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.tars import TarWriter
 
@@ -154,6 +156,31 @@ def test_the_digest_follows_content_and_not_names(tmp_path):
     with TarWriter(str(tmp_path / "same" / "test" / "0.tar")) as tar:
         tar.add("s0.cls", b"0")
     assert task_digest(resolve_task("same", str(tmp_path))) != pets
+
+
+def test_large_tasks_are_known_by_sizes_and_stamps_but_texts_by_content(tmp_path, monkeypatch):
+    write_task(tmp_path / "pets")
+    data = resolve_task("pets", str(tmp_path))
+    by_bytes = task_digest(data)
+    read = []
+    sha256_file = storage.sha256_file
+    monkeypatch.setattr("eval.tasks.HASHED_BYTES", 10)
+    monkeypatch.setattr(storage, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    stamped = task_digest(data)
+    assert stamped != by_bytes
+    assert not any(path.endswith(".tar") for path in read)
+    os.utime(tmp_path / "pets" / "test" / "0.tar", (1, 1))
+    moved = task_digest(data)
+    assert moved != stamped
+    (tmp_path / "pets" / "classnames.txt").write_text("cat\ncow\n")
+    assert task_digest(data) != moved
+
+
+def test_a_tasks_path_is_absolute(tmp_path, monkeypatch):
+    write_task(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path)
+    found = [resolve_task("pets", "."), resolve_task({"name": "mine", "path": "pets"})]
+    assert [data.path for data in found] == [f"{tmp_path}/pets"] * 2
 
 
 def test_tasks_import_nothing_heavy():

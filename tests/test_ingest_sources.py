@@ -167,6 +167,21 @@ def test_folder_with_text_files(photos, tmp_path):
     assert found[1]["uid"] == UIDS[7]
 
 
+def test_captions_without_an_image_are_failed_rows(photos, tmp_path):
+    for name in ("b", "lost", "trip/lost", "README"):
+        (photos / f"{name}.txt").write_text(name)
+    (photos / "notes.json").write_text("{}")
+    assert build(str(photos), tmp_path / "out")["failed"] == {"missing_caption": 2, "missing_image": 3}
+    found = [row for row in rows(tmp_path / "out") if row["error"] == "missing_image"]
+    assert {row["error_detail"] for row in found} == {
+        f"{name}.txt: a caption file without an image beside it" for name in ("lost", "trip/lost", "README")
+    }
+    for name in ("b", "lost", "trip/lost", "README"):  # now only json captions: a .txt is none
+        (photos / f"{name}.txt").rename(photos / f"{name}.json" if name in ("b", "lost") else photos / f"{name}.txt")
+    (photos / "b.json").write_text('{"caption": "b"}')
+    assert build(str(photos), tmp_path / "json")["failed"] == {"missing_caption": 2, "missing_image": 2}
+
+
 CSV = 'file_name,caption,score\r\nb.png,"one, two",0.5\r\nb.png,again,\r\nmissing.png,lost,1\r\n../secret.png,out,1\r\n'
 TSV = "image\ttext\tscore\nb.png\tone, two\t0.5\nb.png\tagain\t\nmissing.png\tlost\t1\n../secret.png\tout\t1\n"
 JSONL = "\n".join(
@@ -303,6 +318,10 @@ def test_several_sources_by_name(tmp_path, photos):
         ({"path": "pictures", "captions": "open.csv"}, r"open.csv:\d: can't be read as a table"),
         ({"layout": "demo", "path": "x"}, "expected no path and no carry with layout: demo"),
         ({"layout": "demo", "pairs": 0}, "pairs = 0, expected a number >= 1"),
+        ({"web": "a", "seed": {"path": "b"}}, "pool.source.seed: seed is an option of a source, expected another name"),
+        ({"clean": "/data/clean"}, "pool.source.clean: clean is an option of a source"),
+        ({"path": "a", "web": "s3://b/*.tar"}, "pool.source.path: path is an option of a source"),
+        ({"path": "a", "pathh": "b/c"}, r"pathh is an unknown key. Did you mean path\?"),
         (7, "pool.source = 7, expected a path"),
         ({"layout": "folder"}, "path is missing"),
     ],
@@ -323,6 +342,13 @@ def test_wrong_sources_are_config_errors(tmp_path, monkeypatch, value, message):
     with pytest.raises(ConfigError, match=message) as caught:
         sources.parse(value, "pool.source")
     assert "\n" not in str(caught.value)
+
+
+def test_relative_paths_become_absolute(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (photos / "b.txt").write_text("b")
+    parsed = sources.parse({"all": "photos", "some": {"path": "./photos/*.png"}}, "p")
+    assert [source.path for source in parsed.values()] == [f"{tmp_path}/photos", f"{tmp_path}/photos/*.png"]
 
 
 def test_digest_follows_content_and_not_the_place(tmp_path, photos, monkeypatch):

@@ -392,7 +392,11 @@ def test_stale_columns_are_refused(world, tmp_path):
         ({"a": {"none_of": ["a"]}}, "a -> a, expected strategies without a cycle"),
         ({"a": {"random": {"seed": 1}}}, "strategies.a.random: expected either fraction or as_many_as"),
         ({"a": {"random": {"fraction": 0.1, "as_many_as": "b"}}, "b": {}}, "expected either fraction or as_many_as"),
-        ({"a": {"repeat": {"column": "weight", "cap": 2}, "where": ["words > 1"]}}, "expected repeat at the end"),
+        ({"a": {"where": ["language in ['a, b]"]}}, r"expected a list such as \[a, b\] after in"),
+        ({"a": {"where": ["language in ['a' 'b']"]}}, r"expected a list such as \[a, b\] after in"),
+        ({"a": {"where": ["language in [a, , b]"]}}, "expected a word or text in quotes"),
+        ({"a": {"uids": "/nope.npy"}}, r"strategies.a.uids = /nope.npy, expected a subset file \(.npy\); no file is"),
+        ({"a": {"uids": "/"}}, "strategies.a.uids = /, expected a subset file"),
         (
             {"a": {"repeat": {"column": "weight", "cap": 2}}, "b": {"any_of": ["a"]}},
             "expected a strategy without repeat",
@@ -407,7 +411,37 @@ def test_config_errors_are_one_line(mapping, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_definition_does_not_hold_names_or_paths():
+def test_repeat_may_stand_anywhere():
+    repeat, where = {"column": "weight", "cap": 2}, ["words > 1"]
+    first = parse_strategies({"a": {"repeat": repeat, "where": where}}, "s", TYPES)
+    assert first == parse_strategies({"a": {"where": where, "repeat": repeat}}, "s", TYPES)
+    assert first["a"].repeat.cap == 2
+
+
+def test_a_comma_in_quotes_does_not_split_a_list():
+    found = parse_strategies({"a": {"where": ["language in ['a, b', \"c,d\" ,en]", "words in [1,2 , 3]"]}}, "s", TYPES)
+    assert [rule.literal for rule in found["a"].rules] == [("a, b", "c,d", "en"), (1, 2, 3)]
+
+
+def test_wrong_subset_files_are_one_line(tmp_path):
+    np.savez(tmp_path / "a.npz", np.zeros(3, "u8,u8"))
+    np.save(tmp_path / "objects.npy", np.array([None]), allow_pickle=True)
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    np.save(tmp_path / "cut.npy", np.zeros(3, "u8,u8"))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-5])
+    (tmp_path / "zip.npy").write_bytes(b"PK\3\4 no zip")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(WinnowError, match=rf"s.a.uids = .*{path.name}.*, expected a .npy of dtype u8,u8") as caught:
+            uids.read_subset(str(path), "s.a.uids")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_definition_does_not_hold_names_or_paths(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.npy").touch()
+
     def parse(basic, path):
         mapping = {
             basic: {"where": ["words > 2"], "uids": path},
@@ -415,11 +449,11 @@ def test_a_definition_does_not_hold_names_or_paths():
         }
         return parse_strategies(mapping, "s", TYPES)
 
-    first, second = parse("basic", "/somewhere/a.npy"), parse("renamed", "/elsewhere/b.npy")
+    first, second = parse("basic", f"{tmp_path}/a/a.npy"), parse("renamed", f"{tmp_path}/b/b.npy")
     assert definition(first, "it") == definition(second, "it")
     json.dumps(definition(first, "it"))
     assert used_columns(first, "it") == {"words", "score"}
-    assert used_files(first, "it") == ["/somewhere/a.npy"]
+    assert used_files(first, "it") == [f"{tmp_path}/a/a.npy"]
     other = parse_strategies({"it": {"where": ["words > 3"]}}, "s", TYPES)
     assert definition(other, "it") != definition(parse_strategies({"it": {"where": ["words > 4"]}}, "s", TYPES), "it")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pathlib
 import random
 import tarfile
@@ -140,7 +141,7 @@ def test_the_same_bytes_on_a_rerun_in_any_order_and_for_any_run_size(chosen, tmp
     plan = plan_train_set(path, selection, out, 0, 16)
     assert plan == {"num_samples": len(index_of(tmp_path / "a")), "num_tars": 4}
     for number in random.Random(0).sample(range(4), 4):
-        write_train_tar(path, out, number, 16, threads=3)
+        write_train_tar(path, out, number, 16)
     finish_train_set(out, 4)
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
@@ -155,6 +156,39 @@ def test_a_restart_keeps_what_is_there(chosen, tmp_path):
     write_train_set(path, selection, str(out), seed=0, shard_size=16)
     assert (out / "00002.tar").stat().st_mtime_ns == written
     assert digests(tmp_path / "a") == digests(out)
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_finish_can_be_retried_after_it_removed_its_inputs(chosen, tmp_path, left):
+    path, selection, _ = chosen
+    out = str(tmp_path / "a")
+    plan = plan_train_set(path, selection, out, 0, 16)
+    for number in range(plan["num_tars"]):
+        write_train_tar(path, out, number, 16)
+    parts = {name.name: name.read_bytes() for name in (tmp_path / "a").glob("*.part.parquet")}
+    facts = finish_train_set(out, plan["num_tars"])
+    finished = digests(out)
+    for name in sorted(parts)[:left]:  # a worker that was lost before it had removed all of them
+        (tmp_path / "a" / name).write_bytes(parts[name])
+    assert finish_train_set(out, plan["num_tars"]) == facts
+    assert digests(out) == finished
+
+
+def test_many_runs_need_few_open_files(chosen, tmp_path, monkeypatch):
+    import resource
+
+    path, selection, _ = chosen
+    write_train_set(path, selection, str(tmp_path / "a"), seed=0, shard_size=16)
+    monkeypatch.setattr(train_set, "RUN_ROWS", 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd"))  # new files take the smallest free numbers
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 20, hard))
+    try:
+        plan_train_set(path, selection, str(tmp_path / "b"), 0, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    write_train_set(path, selection, str(tmp_path / "b"), seed=0, shard_size=16)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 def test_the_order_is_a_shuffle_that_the_seed_decides(chosen, tmp_path):

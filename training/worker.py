@@ -45,7 +45,7 @@ def train_on_ray(
 
     each = {"CPU": resources.cpus, "GPU": resources.gpus}
     if resources.memory_gb is not None:
-        each["memory"] = resources.memory_gb * 1e9
+        each["memory"] = resources.memory_gb * 2**30
     placement = {"label_selector": resources.labels} if resources.labels else {}
     ray_path = storage.join(out_path, RAY_FOLDER)
     where: dict[str, Any] = {"storage_path": ray_path}

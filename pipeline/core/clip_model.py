@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D embedding width.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -39,21 +40,40 @@ class Clip:
 
 
 def check_architecture(architecture: Architecture, place: str) -> None:
-    """None. Raises ConfigError when open_clip has no such architecture, or a mapping lacks a part."""
+    """None. Raises ConfigError when open_clip has no such architecture, or a mapping lacks a part. Imports no torch."""
     if isinstance(architecture, str):
-        import open_clip
-
-        if architecture not in open_clip.list_models() and not architecture.startswith("hf-hub:"):
-            raise ConfigError(
-                f"{place} = {architecture}, expected an architecture of open_clip."
-                + suggestion(architecture, open_clip.list_models())
-            )
+        known = _known_architectures()
+        if architecture not in known and not architecture.startswith("hf-hub:"):
+            hint = suggestion(architecture, known)
+            raise ConfigError(f"{place} = {architecture}, expected an architecture of open_clip.{hint}")
         return
+    for part, kind in (("embed_dim", int), ("vision_cfg", Mapping), ("text_cfg", Mapping)):
+        if part in architecture and not isinstance(architecture[part], kind):
+            what = "a whole number" if kind is int else "a mapping"
+            raise ConfigError(f"{place}.{part} = {architecture[part]}, expected {what}")
     for part in ("embed_dim", "vision_cfg", "text_cfg"):
         if part not in architecture:
             raise ConfigError(
                 f"{place}.{part} is missing, expected a model_cfg with embed_dim, vision_cfg and text_cfg"
             )
+
+
+def _known_architectures() -> list[str]:
+    """open_clip's own names, read off its files: importing it takes seconds."""
+    spec = importlib.util.find_spec("open_clip")
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    files = [name for folder in folders for name in storage.list_files(os.path.join(folder, "model_configs"))]
+    return sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
+
+
+def check_tag(architecture: Architecture, pretrained: str, place: str) -> None:
+    """None. Raises ConfigError when open_clip has no published weights of this tag for the architecture."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture) if isinstance(architecture, str) else []
+    if pretrained not in tags and not str(architecture).startswith("hf-hub:"):
+        hint = suggestion(pretrained, tags)
+        raise ConfigError(f"{place} = {pretrained}, expected a weights file that exists or a tag of open_clip.{hint}")
 
 
 def model_config(architecture: Architecture) -> dict[str, Any]:
@@ -152,12 +172,7 @@ def load(source: Mapping[str, Any], device: str = "cpu") -> Clip:
     if not pretrained:
         raise ConfigError(f"model {architecture}: no pretrained weights given; an untrained model can't score")
     if not (storage.is_url(pretrained) or os.path.exists(pretrained)):
-        tags = open_clip.list_pretrained_tags_by_model(architecture) if isinstance(architecture, str) else []
-        if pretrained not in tags:
-            raise ConfigError(
-                f"model {architecture}: pretrained = {pretrained}, expected a weights file or a tag of open_clip."
-                + suggestion(pretrained, tags)
-            )
+        check_tag(architecture, pretrained, f"model {architecture}: pretrained")
     try:
         if isinstance(architecture, str) and not storage.is_url(pretrained):
             model, _, preprocess = open_clip.create_model_and_transforms(

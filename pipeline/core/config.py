@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import yaml
@@ -20,6 +20,7 @@ from pipeline.core import storage
 from pipeline.core.errors import ConfigError, suggestion
 
 NAME = re.compile(r"[a-z][a-z0-9_]*$")
+RESERVED = ("pool", "tasks", "reference", "model")  # steps are called so
 
 
 class Model(pydantic.BaseModel):
@@ -55,14 +56,14 @@ class ModelConfig(Model):
     pretrained: str | None = None
     recipe: str | None = None
     on: str | None = None
-    seed: int = Field(0, ge=0)
+    seed: int | None = Field(None, ge=0, lt=2**32)  # of a training in this run; 0 where it is not given
 
 
 class TrainConfig(Model):
     """The budget that all strategies share, and the seeds of its repetitions."""
 
     recipe: str
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     checkpoint_every_s: float = Field(300, ge=0)  # how much work a lost worker can cost; changes no result
 
 
@@ -297,12 +298,21 @@ def _check_names(config: Config, path: str) -> None:
             f"{path}: baseline = {config.baseline}, expected a compared strategy."
             + suggestion(config.baseline, config.compare)
         )
-    if len(set(config.train.seeds)) != len(config.train.seeds) or min(config.train.seeds) < 0:
-        raise ConfigError(f"{path}: train.seeds = {config.train.seeds}, expected different numbers >= 0")
+    if len(set(config.train.seeds)) != len(config.train.seeds):
+        raise ConfigError(f"{path}: train.seeds = {config.train.seeds}, expected different numbers")
+    for name in config.strategies:
+        if name in config.references:
+            raise ConfigError(f"{path}: strategies.{name}: a reference has this name, expected another one")
+        if name in RESERVED:
+            raise ConfigError(f"{path}: strategies.{name}: the name is that of a step, expected another one")
     for name, model in config.models.items():
         place = f"{path}: models.{name}"
         if (model.recipe is None) != (model.on is None):
             raise ConfigError(f"{place}: expected recipe and on together (a training in this run)")
+        unread = [key for key in ("architecture", "pretrained") if model.recipe and getattr(model, key)]
+        unread += ["seed"] if model.architecture is not None and model.seed is not None else []
+        if unread:
+            raise ConfigError(f"{place}.{unread[0]} has no effect here, expected it to be left out")
         if (model.recipe is None) == (model.architecture is None):
             raise ConfigError(f"{place}: expected either architecture and pretrained, or recipe and on")
         if model.architecture is not None and not model.pretrained:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.core.config import Resources
-from pipeline.core.errors import StepError, WinnowError, one_line
+from pipeline.core.errors import ConfigError, StepError, WinnowError, one_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ATTEMPTS = 3  # of one item, counting exceptions and lost actors
@@ -57,13 +57,18 @@ class Engine:
         self._cancelled = threading.Event()
         self._board = ray.remote(num_cpus=0)(_Board).remote()
 
+    def check_fits(self, resources: Resources, place: str) -> None:
+        """None. Raises ConfigError when no machine of a local Ray can hold one worker; a cluster may yet grow."""
+        have = self.cluster_resources()
+        for name, wanted in (("CPU", resources.cpus), ("GPU", resources.gpus)):
+            if self.local and wanted > have.get(name, 0):
+                raise ConfigError(
+                    f"{place}.{name.lower()}s = {wanted:g}, expected at most the {have.get(name, 0):g} here"
+                )
+
     def cluster_resources(self) -> dict[str, float]:
         """{CPU, GPU, memory, ...} of the cluster as it is now."""
         return dict(ray.cluster_resources())
-
-    def num_nodes(self) -> int:
-        """How many nodes are alive."""
-        return sum(1 for node in ray.nodes() if node["Alive"])
 
     def board(self) -> Any:
         """A handle for remote functions to post progress on: see `post`."""
@@ -146,6 +151,7 @@ class Engine:
         cpus = self.cluster_resources().get("CPU", 1)
         most = resources.workers or max(1, int(cpus // resources.cpus) if resources.cpus else int(cpus))
         actor_class = ray.remote(_Actor).options(**_options(resources))
+        idle: list[Any] = []
         todo = deque((index, 1) for index in range(len(items)))
         actors: list[Any] = []
         running: dict[Any, tuple[Any, int | None, int]] = {}  # ref -> (actor, item or None while it starts, attempt)
@@ -163,6 +169,11 @@ class Engine:
                 start_actor()
             busy = 0
             while (todo or busy) and len(failures) < STOP_AFTER_FAILURES:
+                while todo and idle:
+                    index, attempt = todo.popleft()
+                    actor = idle.pop()
+                    running[actor.process.options(name=names[index]).remote(items[index])] = (actor, index, attempt)
+                    busy += 1
                 for ref in self._wait(running):
                     actor, index, attempt = running.pop(ref)
                     busy -= index is not None
@@ -185,13 +196,16 @@ class Engine:
                             results[index] = result
                             if on_done:
                                 on_done(index, result)
-                    if not alive:
+                    if alive:
+                        idle.append(actor)
+                    else:
                         actors.remove(actor)
-                        start_actor()
-                    elif todo:
-                        index, attempt = todo.popleft()
-                        running[actor.process.options(name=names[index]).remote(items[index])] = (actor, index, attempt)
-                        busy += 1
+                        if len(todo) > len(idle):
+                            start_actor()
+                while idle and not todo:  # its resources are somebody's; should an item come back, one is started anew
+                    actor = idle.pop()
+                    actors.remove(actor)
+                    ray.kill(actor)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -254,6 +268,7 @@ def _options(resources: Resources) -> dict[str, Any]:
 def _cause(error: BaseException) -> BaseException:
     """The exception that our function raised, out of Ray's wrapping."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error.cause.remote_traceback = str(error)  # type: ignore[attr-defined]  # for those that are bugs of ours
         return error.cause
     return error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -32,6 +33,11 @@ def setup() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def screen_width() -> int | None:
+    """Columns of the terminal that stdout goes to; None when it goes to a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def short_count(number: float) -> str:

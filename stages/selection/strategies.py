@@ -8,13 +8,15 @@ A strategy is a mapping; its parts are intersected. `{}` is every ok row.
     random: {fraction: 0.3, seed: 0}                            # or as_many_as: another strategy
     all_of: [basic, clip_top30]      any_of: [...]      none_of: [...]
     uids: subset.npy
-    repeat: {column: weight, cap: 4, seed: 0}                   # multiplicities; only ends a strategy
+    repeat: {column: weight, cap: 4, seed: 0}                   # how often each chosen row is taken
 
 Rules of value: NaN and null never pass a comparison, `!=` included. Numbers are compared in the column's own type, so
 `clip_score >= 0.281` keeps a float32 0.281. A fraction takes exactly floor(fraction x candidates) in decimals;
 candidates are the ok rows (of `within`) that have a number; ties go to the smaller uid. `random` takes the rows whose
 hash of (uid, seed) is smallest, so smaller fractions lie inside larger ones. `cut: datacomp` keeps every score that is
 at least the n-th largest counted from 0, n = int(fraction x rows), NaN last: one row more, ties included.
+
+`repeat` comes last, wherever it stands in the mapping, and a strategy with it is no part of another.
 
 This module parses and checks; choose.py evaluates.
 """
@@ -35,6 +37,7 @@ from pipeline.core.errors import ConfigError, suggestion
 
 COMPARISON = re.compile(r"\s*([A-Za-z_]\w*)\s*(==|!=|<=|>=|<|>|in\b)\s*(.+?)\s*")
 NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+ITEM = re.compile(r"""\s*('[^']*'|"[^"]*"|[^,'"]*?)\s*,""")  # of a list after `in`; quotes may hold commas
 WORD = re.compile(r"'([^']*)'|\"([^\"]*)\"|([\w.:/@+-]+)")
 LARGEST = {
     "int32": 2**31 - 1,
@@ -301,8 +304,6 @@ def _parse(name: str, body: Mapping[str, Any], place: str, columns: Mapping[str,
         where = f"{place}.{key}"
         if value is None:
             raise ConfigError(f"{where} is empty, expected a value")
-        if repeat:
-            raise ConfigError(f"{where} comes after repeat, expected repeat at the end of a strategy")
         if key == "where":
             rules += [_comparison(text, f"{where}.{index}", columns) for index, text in enumerate(value)]
         elif key == "top":
@@ -318,7 +319,10 @@ def _parse(name: str, body: Mapping[str, Any], place: str, columns: Mapping[str,
                 raise ConfigError(f"{where}: expected either fraction or as_many_as")
             rules.append(Random(value.fraction, value.as_many_as, value.seed, value.within))
         elif key == "uids":
-            rules.append(Uids(storage.absolute(value)))
+            path = storage.absolute(value)
+            if not storage.exists(path) or storage.is_folder(path):
+                raise ConfigError(f"{where} = {value}, expected a subset file (.npy); no file is there")
+            rules.append(Uids(path))
         elif key == "repeat":
             _check_column(value.column, where, columns, NUMERIC)
             repeat = Repeat(value.column, value.cap, value.seed)
@@ -345,7 +349,13 @@ def _comparison(text: str, place: str, columns: Mapping[str, str]) -> Comparison
     if operator == "in":
         if not (literal.startswith("[") and literal.endswith("]")) or not literal[1:-1].strip():
             raise ConfigError(f"{place} = {text}, expected a list such as [a, b] after in")
-        items = [item.strip() for item in literal[1:-1].split(",")]
+        rest, items, end = f"{literal[1:-1]},", [], 0
+        while end < len(rest):
+            item = ITEM.match(rest, end)
+            if not item:
+                raise ConfigError(f"{place} = {text}, expected a list such as [a, b] after in")
+            items.append(item[1])
+            end = item.end()
         return Comparison(column, operator, tuple(parse(item, kind, f"{place} = {text}") for item in items))
     if kind in ("bool", "string") and operator not in ("==", "!="):
         raise ConfigError(f"{place} = {text}, expected ==, != or in for the {kind} column {column}")

@@ -6,16 +6,16 @@ entry for a repeated sample. Arrays of uids here are [n, 2] uint64 (high, low).
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
 from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
+from numpy.lib import format as npy
 
 from pipeline.core import storage
-from pipeline.core.errors import WinnowError
+from pipeline.core.errors import WinnowError, one_line
 
 SUBSET_DTYPE = np.dtype("u8,u8")
 RUN_ROWS = (
@@ -74,9 +74,10 @@ def read_subset(path: str, place: str) -> np.ndarray:
     """[n, 2] uint64 of a subset file. Raises WinnowError naming `place` when it is no such file or not sorted."""
     expected = "expected a .npy of dtype u8,u8, sorted (DataComp's subset file)"
     try:
-        found = np.load(path) if not storage.is_url(path) else np.load(io.BytesIO(storage.read_bytes(path)))
-    except (OSError, ValueError, EOFError) as error:
-        raise WinnowError(f"{place} = {path}, {expected}: {error}") from error
+        with storage.open_read(path) as file:
+            found = npy.read_array(file, allow_pickle=False)  # np.load also opens archives and pickles
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise WinnowError(f"{place} = {path}, {expected}: {one_line(error)}") from error
     if found.dtype != SUBSET_DTYPE or found.ndim != 1:
         raise WinnowError(f"{place} = {path} of dtype {found.dtype}, {expected}")
     uids = found.view(np.uint64).reshape(-1, 2)

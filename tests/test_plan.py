@@ -1,0 +1,115 @@
+"""What is planned, refused and identified, without starting anything."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+import yaml
+
+from pipeline import execute
+from pipeline import plan as planning
+from pipeline.core import config, storage
+from pipeline.core.errors import ConfigError, StepError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tests" / "tiny.yaml")
+
+
+def plan_of(tmp_path, *overrides, path=TINY):
+    return planning.build(config.load(path, [f"root={tmp_path}/root", *overrides]), path)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("stages=[{name: language, as: pool}]", r"stages\.0\.as = pool, expected a name"),
+        ("stages=[{name: language, as: no_filter/selection}]", r"stages\.0\.as = no_filter/selection"),
+        ("stages=[{name: [a]}]", r"stages\.0\.name = \['a'\], expected the name of a stage"),
+        ("stages=[{name: clip, model: scorer}, {name: clip, model: scorer}]", r"a second stage is called clip"),
+        ("strategies.trusted={}", r"strategies\.trusted: a reference has this name"),
+        ("strategies.basic={reference: [a]}", r"strategies\.basic\.reference = \['a'\]"),
+        ("models.spare={recipe: tiny, on: trusted}", r"models\.spare has no effect"),
+        ("models.scorer.pretrained=openai", r"models\.scorer\.pretrained has no effect"),
+        ("models.scorer={architecture: ViT-B-33, pretrained: openai}", r"ViT-B-33, expected an architecture .* Did you mean ViT-B-32"),
+        ("models.scorer={architecture: ViT-B-32, pretrained: opnai}", r"pretrained = opnai, expected a weights file .* Did you mean openai"),
+        ("models.scorer={architecture: ViT-B-32, pretrained: /tmp}", r"models\.scorer\.pretrained = /tmp, expected a file that can be read"),
+        ("recipes.tiny.model.vision_cfg=5", r"vision_cfg = 5, expected a mapping"),
+        ("cluster.pool={max_concurrent: 2}", r"cluster\.pool\.max_concurrent has no effect"),
+        ("cluster.select={workers: 2}", r"cluster\.select\.workers has no effect"),
+        ("cluster.klip={gpus: 1}", r"cluster\.klip is no step\. Did you mean clip"),
+        ("eval.tasks=[colours, colours]", r"expected each task once"),
+        ("strategies.basic={uids: /nothing.npy}", r"/nothing\.npy"),
+        ("stages.2={name: language, model: /tmp}", r"/tmp"),
+        ("pool.source={path: 's3://no-such-bucket-of-ours/x'}", r"pool\.source"),
+        ("train.seeds=[99999999999]", r"train\.seeds"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, override, message):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody outside is asked
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan_of(tmp_path, override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", ["small", "medium", "large", "xlarge"])
+def test_the_datacomp_configs_plan_with_data_in_place(tmp_path, scale):
+    """Their sources and tasks are placed here as tiny stand-ins; models, recipes, strategies are the real ones."""
+    path = str(ROOT / "configs" / f"datacomp_{scale}.yaml")
+    lid = tmp_path / "lid.176.bin"
+    lid.write_bytes(b"stands for the model")
+    stages = yaml.safe_load(pathlib.Path(path).read_text())["stages"]
+    stages = [{"name": "language", "model": str(lid)} if "lid.176" in str(stage) else stage for stage in stages]
+    plan = plan_of(
+        tmp_path, "pool.source=demo", "eval.root=demo", "eval.tasks=[objects]", f"stages={yaml.safe_dump(stages)}", path=path
+    )  # fmt: skip
+    assert plan.recipe.samples_seen == {"small": 12.8e6, "medium": 128e6, "large": 1.28e9, "xlarge": 12.8e9}[scale]
+    assert plan.steps["clip"].values["fields"]["model"] == {"architecture": "ViT-L-14", "pretrained": "openai"}
+
+
+def test_names_paths_and_placement_are_no_identity(tmp_path):
+    def fingerprints(*overrides):
+        plan = plan_of(tmp_path, *overrides)
+        return {name: (step.kind, step.version, repr(step.values)) for name, step in plan.steps.items()}
+
+    plain = fingerprints()
+    placed = fingerprints(
+        "cluster.clip={workers: 3, batch_size: 7}", "train.checkpoint_every_s=5", f"root={tmp_path}/b"
+    )
+    assert placed == plain
+    other = fingerprints("pool.shard_size=50", "recipes.tiny.lr=2e-3")
+    assert {name for name in plain if other[name] != plain[name]} == {
+        "pool", "model/scorer", *(name for name in plain if name.endswith("/train")),
+    }  # fmt: skip
+
+
+def test_an_alias_prefixes_columns_and_is_no_identity(tmp_path):
+    aliased = "stages=[image_stats, caption_stats, language, hashes, {name: clip, as: judge, model: scorer}]"
+    strategy = "strategies.basic_and_clip={top: {column: judge_clip_score, fraction: 0.5}}"
+    plan = plan_of(tmp_path, aliased, strategy)
+    assert plan.columns["judge_clip_score"] == ("judge", "clip_score")
+    assert plan.steps["judge"].values == plan_of(tmp_path).steps["clip"].values
+
+
+def test_what_a_strategy_uses_and_is_called(tmp_path):
+    plan = plan_of(tmp_path, "strategies.control={random: {as_many_as: basic_and_clip}}", "compare=[no_filter, control, basic_and_clip, trusted_only, oracle]")  # fmt: skip
+    labels = {name: planning.label(plan, name) for name in plan.config.compare}
+    assert labels == {"no_filter": "", "control": "", "basic_and_clip": "", "trusted_only": "reference", "oracle": "oracle"}  # fmt: skip
+    assert planning.uses(plan, "control") == []
+    assert planning.uses(plan, "basic_and_clip") == ["model scorer: trained on trusted (tiny)"]
+    assert planning.uses(plan, "trusted_only") == ["reference trusted instead of the pool"]
+
+
+def test_a_step_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(bytes(5000))
+    (photos / "a.txt").write_text("a photo of nothing much")
+    plan = plan_of(tmp_path, f"pool.source={photos}", "strategies.oracle={}")
+    executor = execute.Executor(plan, None, None, str(tmp_path))
+    statuses = planning.resolve(plan)
+    executor._check_disk(plan.steps["pool"], statuses)
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 4000)
+    with pytest.raises(StepError, match=r"pool: not enough disk at .*: it will write about 5.02kB, 4kB are free"):
+        executor._check_disk(plan.steps["pool"], statuses)
