@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import re
 import subprocess
 import threading
 import time
@@ -39,6 +40,7 @@ from stages.stage_worker import StageJob, StageWorker
 from training.recipe import Recipe
 from training.worker import train_on_ray
 
+URL_SECRETS = re.compile(r"(?P<scheme>[a-z0-9]+://)(?:[^\s/@'\"]+@)?(?P<path>[^\s?'\"]*)(?:\?[^\s'\"]*)?")
 POLL_S = 0.25
 POST_EVERY_S = 1.0
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "pillow", "fasttext-community", "webdataset")
@@ -66,15 +68,14 @@ class Executor:
         self._over = threading.Event()
         self._watched: dict[str, int] = {}  # trainings that were submitted, and their samples
 
-    def run(self, targets: Sequence[str]) -> Outcome:
+    def run(self, targets: Sequence[str], outcome: Outcome) -> Outcome:
         """The outcome after every step that `targets` need is done, failed, or waits for a failed one."""
         wanted = self.plan.ancestors(list(targets))
         for name in wanted:
             step = self.plan.steps[name]
             self.engine.check_fits(self._resources(step), f"cluster.{step.resources}")
-        outcome = Outcome(planning.resolve(self.plan))
         running: dict[concurrent.futures.Future, list[str]] = {}
-        self.write_plan(outcome)
+        write_plan(self.run_path, outcome)
         threading.Thread(target=self._watch_trainings, daemon=True).start()
         with concurrent.futures.ThreadPoolExecutor(max_workers=256, thread_name_prefix="step") as threads:
             try:
@@ -91,7 +92,7 @@ class Executor:
                         del running[future]
                     if done:
                         outcome.statuses = planning.resolve(self.plan, outcome.statuses)
-                        self.write_plan(outcome)
+                        write_plan(self.run_path, outcome)
             except BaseException:
                 self.interrupted = [_path(outcome.statuses, name) for names in running.values() for name in names]
                 self.stopped.set()
@@ -237,13 +238,7 @@ class Executor:
         }
         jobs = []
         for step in steps:
-            columns = {
-                role.removeprefix("column/"): Column(
-                    _path(statuses, name), self.plan.columns[role.removeprefix("column/")][1]
-                )
-                for role, name in step.inputs.items()
-                if role.startswith("column/")
-            }
+            columns = self._columns(step, statuses)
             jobs.append(
                 StageJob(
                     step.work, _path(statuses, step.name), columns, self._model(step, statuses), resources.batch_size
@@ -277,6 +272,13 @@ class Executor:
         self.progress.end(label)
         return {}
 
+    def _columns(self, step: Step, statuses: Mapping[str, Status]) -> dict[str, Column]:
+        """{name in the config: where it is stored} of the stages' columns that a step reads."""
+        names = {
+            role.removeprefix("column/"): owner for role, owner in step.inputs.items() if role.startswith("column/")
+        }
+        return {name: Column(_path(statuses, owner), self.plan.columns[name][1]) for name, owner in names.items()}
+
     def _model(self, step: Step, statuses: Mapping[str, Status]) -> Mapping[str, Any] | None:
         """What pipeline.core.clip_model.load takes, for a stage that names a model."""
         if not step.work.uses_model:
@@ -288,11 +290,7 @@ class Executor:
 
     def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         chosen, name = step.work
-        columns = {}
-        for role, owner in step.inputs.items():
-            if role.startswith("column/"):
-                column = role.removeprefix("column/")
-                columns[column] = Column(_path(statuses, owner), self.plan.columns[column][1])
+        columns = self._columns(step, statuses)
         arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name))
         self.progress.start(label, 1, "steps")
         facts = self._one(label, choose.select, arguments, step)
@@ -343,7 +341,7 @@ class Executor:
         resources = self._resources(steps[0])
         checkpoint = statuses[steps[0].inputs["checkpoint"]].artifact
         assert checkpoint is not None  # a ready step's inputs are done
-        tasks = [self._task(step.work, statuses) for step in steps]
+        tasks = [task_data(self.plan, step.work, statuses) for step in steps]
         architecture = self.plan.recipe.model
         arguments = (
             {"folder": storage.join(checkpoint.path, "open_clip")},
@@ -364,16 +362,6 @@ class Executor:
                 failed[step.name] = error
         self.progress.end(label)
         return failed
-
-    def _task(self, name: str, statuses: Mapping[str, Status]) -> eval_tasks.TaskData:
-        """The task with its files; those of the demo world are there once the step `tasks` is done."""
-        data = self.plan.tasks[name]
-        if data is not None:
-            return data
-        status = statuses["tasks"]
-        assert status.artifact is not None and status.record is not None
-        drawn = eval_tasks.resolve_task(name, status.artifact.path)
-        return dataclasses.replace(drawn, digest=f"{artifact.content_digest(status.record)}/{name}")
 
     def _check_disk(self, step: Step, statuses: Mapping[str, Status]) -> None:
         """None. Raises StepError when the step would write more than there is room for."""
@@ -420,15 +408,15 @@ class Executor:
                     seen[label] = values["samples_seen"]
                     self.progress.advance(label, new, new, note=f"loss {values['loss']:.3f}")
 
-    def write_plan(self, outcome: Outcome) -> None:
-        """None; the run's plan.json: every step's state and artifact, as known now."""
-        steps = {
-            name: {"state": status.state, "artifact": status.artifact.name, "why": status.why}
-            for name, status in outcome.statuses.items()
-            if status.artifact is not None
-        }
-        plan_path = storage.join(self.run_path, "plan.json")
-        storage.write_json(plan_path, {"steps": steps, "failures": outcome.failures})
+
+def write_plan(run_path: str, outcome: Outcome) -> None:
+    """None; the run's plan.json: every step's state and artifact, as known now."""
+    steps = {
+        name: {"state": status.state, "artifact": status.artifact.name, "why": status.why}
+        for name, status in outcome.statuses.items()
+        if status.artifact is not None
+    }
+    storage.write_json(storage.join(run_path, "plan.json"), {"steps": steps, "failures": outcome.failures})
 
 
 def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> int:
@@ -449,13 +437,16 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
         progress.say(f"{config_path} -> {plan.config.root}: {len(targets)} steps; log in {run_path}")
         for warning in plan.warnings:
             progress.say(f"warning: {warning}")
-        engine = Engine()
-        executor = Executor(plan, engine, progress, run_path)
-        outcome = executor.run(targets)
+        outcome = Outcome(planning.resolve(plan))
+        if any(outcome.statuses[step].state != "done" for step in plan.ancestors(list(targets))):
+            engine = Engine()
+            executor = Executor(plan, engine, progress, run_path)
+            outcome = executor.run(targets, outcome)
+        write_plan(run_path, outcome)
         if whole:
             from pipeline import report
 
-            storage.write_json(storage.join(run_path, "run.json"), run_record(executor, outcome, name, now))
+            storage.write_json(storage.join(run_path, "run.json"), run_record(plan, outcome, name, now))
             board = report.build_report(run_path)
             progress.close()
             print(report.terminal_table(board, log.screen_width()))
@@ -472,9 +463,20 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
             artifact.remove_temporaries(path)
 
 
-def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
+def task_data(plan: Plan, name: str, statuses: Mapping[str, Status]) -> eval_tasks.TaskData:
+    """The task with its files; those of the demo world are there once the step `tasks` is done."""
+    data = plan.tasks[name]
+    if data is not None:
+        return data
+    status = statuses["tasks"]
+    assert status.artifact is not None and status.record is not None  # asked for only then
+    drawn = eval_tasks.resolve_task(name, status.artifact.path)
+    return dataclasses.replace(drawn, digest=f"{artifact.content_digest(status.record)}/{name}")
+
+
+def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
     """The run.json that the report is made from: names mapped to artifacts. Read by pipeline/report/records.py."""
-    plan, statuses = executor.plan, outcome.statuses
+    statuses = outcome.statuses
     pool_status = statuses["pool"]
     pool_facts = (pool_status.record or {}).get("facts", {})
 
@@ -499,7 +501,7 @@ def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.da
                 "train_set": made(f"{strategy}/train_set"),
                 "compared": True,
                 "label": planning.label(plan, strategy),
-                "uses": planning.uses(plan, strategy),
+                "uses": planning.uses(plan, strategy, statuses),
                 "error": error(f"{strategy}/train_set"),
             }
         )
@@ -507,7 +509,7 @@ def run_record(executor: Executor, outcome: Outcome, name: str, now: datetime.da
     for task in plan.tasks:
         if plan.tasks[task] is None and statuses["tasks"].state != "done":
             continue  # without the world's tasks there is no result to show
-        data = executor._task(task, statuses)
+        data = task_data(plan, task, statuses)
         tasks.append(
             {
                 "name": data.name,
@@ -639,7 +641,9 @@ def _new_run_path(root: str, now: datetime.datetime, name: str) -> str:
 
 
 def _config_text(config: Any) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved config; what a URL carries beyond its path (signatures, tokens, passwords) stays out of records."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return URL_SECRETS.sub(r"\g<scheme>\g<path>", text)
 
 
 def _installed() -> bool:

@@ -285,8 +285,12 @@ def stage_columns(alias: str, stage: Stage) -> dict[str, str]:
     return {prefix + column: kind for column, kind in stage.adds.items()}
 
 
-def uses(plan: Plan, strategy: str) -> list[str]:
-    """What a strategy uses beyond the pool, as phrases for the report; [] for rules on the pool alone."""
+def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None) -> list[str]:
+    """What a strategy uses beyond the pool, as phrases for the report; [] for rules on the pool alone.
+
+    Args:
+        statuses: where the scorer's training is done, its compute is part of the phrase.
+    """
     config, phrases = plan.config, []
     reference = (config.strategies[strategy] or {}).get("reference")
     if reference:
@@ -298,10 +302,16 @@ def uses(plan: Plan, strategy: str) -> list[str]:
         if not stage.uses_model:
             continue
         model = config.models[stage.model]
-        trained = (
-            f"trained on {model.on} ({model.recipe})" if model.recipe else f"{model.architecture} {model.pretrained}"
-        )
-        phrases.append(f"model {stage.model}: {trained}")
+        if model.recipe is None:
+            phrases.append(f"model {stage.model}: {model.architecture} {model.pretrained}")
+            continue
+        phrase = f"model {stage.model}: trained on {model.on} ({model.recipe})"
+        training = (statuses or {}).get(f"model/{stage.model}")
+        if training is not None and training.record is not None:
+            facts = training.record["facts"]
+            hours = f"{facts['gpu_hours']:.2g} GPU-h" if facts["gpu_hours"] else f"{facts['cpu_hours']:.2g} CPU-h"
+            phrase += f", {facts['samples_seen']:,} samples, {hours}"
+        phrases.append(phrase)
     return phrases
 
 

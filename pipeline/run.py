@@ -78,8 +78,7 @@ def run(options: argparse.Namespace) -> int:
     chosen = [name for name in ("plan", "report", "clean", "until") if getattr(options, name)]
     if len(chosen) > 1 and chosen != ["plan", "until"]:
         raise ConfigError(f"--{chosen[0]} and --{chosen[1]}: expected one of them")
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    loaded = config.load(options.config, options.overrides, in_job)
+    loaded = config.load(options.config, options.overrides)
 
     if options.report:
         from pipeline import report

@@ -25,13 +25,13 @@ GOOD = {
 
 @pytest.fixture
 def load(tmp_path):
-    def load(change=None, overrides=(), in_job=False):
+    def load(change=None, overrides=()):
         data = copy.deepcopy(GOOD)
         if change:
             change(data)
         path = tmp_path / "c.yaml"
         path.write_text(yaml.safe_dump(data))
-        return config.load(str(path), overrides, in_job)
+        return config.load(str(path), overrides)
 
     return load
 
@@ -113,9 +113,10 @@ def test_a_key_given_twice_and_broken_yaml_name_the_line():
         config.parse_yaml("a: !!python/object/apply:os.system ['true']", "t.yaml")
 
 
-def test_a_relative_root_is_refused_inside_a_job(load):
+def test_a_relative_root_is_refused_inside_a_job(load, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(ConfigError, match="root = runs, expected an absolute path or a URL inside a Ray job"):
-        load(in_job=True)
+        load()
 
 
 def test_a_missing_file_is_one_line(tmp_path):

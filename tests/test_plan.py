@@ -58,7 +58,7 @@ def test_the_datacomp_configs_plan_with_data_in_place(tmp_path, scale):
     """Their sources and tasks are placed here as tiny stand-ins; models, recipes, strategies are the real ones."""
     path = str(ROOT / "configs" / f"datacomp_{scale}.yaml")
     lid = tmp_path / "lid.176.bin"
-    lid.write_bytes(b"stands for the model")
+    lid.write_bytes((793712314).to_bytes(4, "little") + b"stands for the model")
     stages = yaml.safe_load(pathlib.Path(path).read_text())["stages"]
     stages = [{"name": "language", "model": str(lid)} if "lid.176" in str(stage) else stage for stage in stages]
     plan = plan_of(
@@ -113,3 +113,13 @@ def test_a_step_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda path: 4000)
     with pytest.raises(StepError, match=r"pool: not enough disk at .*: it will write about 5.02kB, 4kB are free"):
         executor._check_disk(plan.steps["pool"], statuses)
+
+
+def test_secrets_in_urls_stay_out_of_what_is_written(tmp_path):
+    plan = plan_of(tmp_path)
+    source = "https://user:hunter2@host/pool.tar?X-Amz-Signature=abcdef&x=1"
+    evaluation = plan.config.eval.model_copy(update={"root": source})
+    text = execute._config_text(plan.config.model_copy(update={"eval": evaluation}))
+    assert "https://host/pool.tar" in text
+    assert "hunter2" not in text
+    assert "abcdef" not in text

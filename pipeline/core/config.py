@@ -23,6 +23,11 @@ NAME = re.compile(r"[a-z][a-z0-9_]*$")
 RESERVED = ("pool", "tasks", "reference", "model")  # steps are called so
 
 
+def in_job() -> bool:
+    """True inside `ray job submit`, where Ray itself brings our code to the workers."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 class Model(pydantic.BaseModel):
     """Base of all parts of the config: frozen, strict, unknown keys refused."""
 
@@ -96,12 +101,13 @@ class Config(Model):
         return self.cluster.get(name, Resources())
 
 
-def load(path: str, overrides: Sequence[str] = (), in_job: bool = False) -> Config:
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
     """The checked configuration, with absolute paths for `root`.
+
+    A relative root is refused inside a Ray job: it would land in Ray's own session folder.
 
     Args:
         overrides: `a.b=value` strings; values are YAML. A list takes an index (`eval.tasks.0=x`).
-        in_job: True inside a Ray job, where a relative root would land in Ray's own session folder.
 
     Raises:
         ConfigError: naming file, key, value and what was expected.
@@ -116,7 +122,7 @@ def load(path: str, overrides: Sequence[str] = (), in_job: bool = False) -> Conf
     for override in overrides:
         apply_override(data, override)
     config = validate(Config, data, path)
-    if not storage.is_url(config.root) and not os.path.isabs(os.path.expanduser(config.root)) and in_job:
+    if not storage.is_url(config.root) and not os.path.isabs(os.path.expanduser(config.root)) and in_job():
         raise ConfigError(f"{path}: root = {config.root}, expected an absolute path or a URL inside a Ray job")
     _check_names(config, path)
     return config.model_copy(update={"root": storage.absolute(config.root)})

@@ -20,18 +20,13 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from pipeline.core.config import Resources
+from pipeline.core.config import Resources, in_job
 from pipeline.core.errors import ConfigError, StepError, WinnowError, one_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ATTEMPTS = 3  # of one item, counting exceptions and lost actors
 NAMED_FAILURES = 5  # how many failed items a message names
 STOP_AFTER_FAILURES = 20  # a step that fails everywhere stops early
-
-
-def in_job() -> bool:
-    """True inside `ray job submit`, where Ray itself brings our code to the workers."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 class Engine:
