@@ -372,7 +372,10 @@ def _stages(config: Config, place: str) -> dict[str, Stage]:
         if alias in found:
             raise ConfigError(f"{where}: a second stage is called {alias}; give it another name with `as:`")
         stage = build_stage(name, fields, where)
-        given = [parameter for parameter in stage.external_files() if getattr(stage, parameter)]
+        try:
+            given = [parameter for parameter in stage.external_files() if getattr(stage, parameter)]
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
         found[alias] = replace(stage, **{name: storage.absolute(getattr(stage, name)) for name in given})
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import socket
@@ -96,3 +97,56 @@ def s3_url(s3_endpoint, monkeypatch, request):
     boto3.client("s3").create_bucket(Bucket=bucket)
     yield f"s3://{bucket}"
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+TINY = ROOT / "tests" / "tiny.yaml"
+RECORD = "_artifact.json"
+
+
+class Winnow:
+    """The command line as a user gives it, on the tiny config, in a subprocess."""
+
+    @staticmethod
+    def command(root, *more) -> list[str]:
+        return [
+            sys.executable,
+            str(ROOT / "pipeline" / "run.py"),
+            "--config",
+            str(TINY),
+            "--set",
+            f"root={root}",
+            *more,
+        ]
+
+    @classmethod
+    def run(cls, root, *more, cwd=ROOT, check=0) -> subprocess.CompletedProcess:
+        done = subprocess.run(cls.command(root, *more), cwd=cwd, capture_output=True, text=True, timeout=600)
+        if check is not None:
+            assert done.returncode == check, done.stdout[-4000:] + done.stderr[-4000:]
+        return done
+
+    @staticmethod
+    def artifacts(root) -> dict[str, dict[str, str]]:
+        """{artifact: {file: sha256}} of what is finished, without files that hold measurements."""
+        found = {}
+        for record in pathlib.Path(root).glob(f"*/{RECORD}"):
+            files = json.loads(record.read_text())["files"]
+            found[record.parent.name] = {
+                name: entry["sha256"] for name, entry in files.items() if not entry.get("fact")
+            }
+        return found
+
+
+@pytest.fixture(scope="session")
+def winnow() -> type[Winnow]:
+    return Winnow
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(root, what was printed) of a finished tiny run, started from an unrelated working directory."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    root = tmp_path_factory.mktemp("finished") / "root"
+    done = Winnow.run(root, cwd=elsewhere)
+    assert list(elsewhere.iterdir()) == []  # nothing is left where the command was given
+    return root, done

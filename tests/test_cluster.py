@@ -37,8 +37,9 @@ def environment(**more):
 @contextlib.contextmanager
 def ray_node(*options, env):
     """A Ray node as processes of its own group, ended with it: `ray stop` would end strangers' too."""
+    # The agent's port is a fixed one by default, which another Ray on this machine may hold: no job could be submitted.
     process = subprocess.Popen(
-        [RAY, "start", "--block", "--disable-usage-stats", *options],
+        [RAY, "start", "--block", "--disable-usage-stats", f"--dashboard-agent-listen-port={free_port()}", *options],
         env=env,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -58,6 +59,7 @@ def cluster(tmp_path_factory):
     port, dashboard = free_port(), free_port()
     temporary = f"/tmp/winnow-ray-{os.getpid()}"  # Ray's sockets need a short path
     options = ("--head", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1")
+    options += (f"--ray-client-server-port={free_port()}",)
     options += (
         "--num-cpus=1",
         "--object-store-memory=100000000",
@@ -76,17 +78,9 @@ def cluster(tmp_path_factory):
         yield f"127.0.0.1:{port}", address
 
 
-def artifacts(root):
-    found = {}
-    for record in pathlib.Path(root).glob(f"*/{RECORD}"):
-        files = json.loads(record.read_text())["files"]
-        found[record.parent.name] = {name: entry["sha256"] for name, entry in files.items() if not entry.get("fact")}
-    return found
-
-
 def submit(dashboard, *arguments):
     command = [RAY, "job", "submit", "--address", dashboard, "--working-dir", ".", "--", "python", "pipeline/run.py"]
-    for _ in range(60):  # on a busy machine the head's job agent comes up later than its dashboard
+    for _ in range(10):  # on a busy machine the head's job agent comes up later than its dashboard
         done = subprocess.run(
             [*command, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
         )
@@ -96,21 +90,18 @@ def submit(dashboard, *arguments):
     return done
 
 
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
+@pytest.fixture
+def local(winnow, finished):
     """The artifacts of the same run on this machine without a cluster."""
-    root = tmp_path_factory.mktemp("local") / "root"
-    command = [sys.executable, "pipeline/run.py", "--config", "tests/tiny.yaml", "--set", f"root={root}"]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True, timeout=600)
-    return artifacts(root)
+    return winnow.artifacts(finished[0])
 
 
-def test_a_submitted_job_gives_the_same_artifacts_and_exit_codes(cluster, local, tmp_path):
+def test_a_submitted_job_gives_the_same_artifacts_and_exit_codes(winnow, cluster, local, tmp_path):
     _, dashboard = cluster
     done = submit(dashboard, "--config", "tests/tiny.yaml", "--set", f"root={tmp_path}/root")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "leaderboard:" in done.stdout
-    assert artifacts(tmp_path / "root") == local
+    assert winnow.artifacts(tmp_path / "root") == local
 
     refused = submit(dashboard, "--config", "tests/tiny.yaml")
     assert refused.returncode == 1  # ray's own code for any failure; ours is printed
@@ -118,7 +109,7 @@ def test_a_submitted_job_gives_the_same_artifacts_and_exit_codes(cluster, local,
     assert "exit code 2" in refused.stdout + refused.stderr or "code 2" in refused.stdout + refused.stderr
 
 
-def test_a_killed_node_loses_nothing(cluster, local, tmp_path):
+def test_a_killed_node_loses_nothing(winnow, cluster, local, tmp_path):
     """A second node joins, does part of the work and is killed in the middle; the artifacts are the same."""
     address, _ = cluster
     root = tmp_path / "root"
@@ -139,7 +130,7 @@ def test_a_killed_node_loses_nothing(cluster, local, tmp_path):
         finally:
             run.kill()
     assert run.returncode == 0, output[-4000:]
-    assert artifacts(root) == local
+    assert winnow.artifacts(root) == local
 
 
 def test_one_training_on_two_workers_through_ray_train(tmp_path):

@@ -16,38 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = ROOT / "tests" / "tiny.yaml"
 RECORD = "_artifact.json"
-
-
-def command(root, *more):
-    return [sys.executable, str(ROOT / "pipeline" / "run.py"), "--config", str(TINY), "--set", f"root={root}", *more]
-
-
-def winnow(root, *more, cwd=ROOT, check=0):
-    done = subprocess.run(command(root, *more), cwd=cwd, capture_output=True, text=True, timeout=600)
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
-
-
-def artifacts(root):
-    """{artifact: {file: sha256}} of what is finished, without files that hold measurements."""
-    found = {}
-    for record in pathlib.Path(root).glob(f"*/{RECORD}"):
-        files = json.loads(record.read_text())["files"]
-        found[record.parent.name] = {name: entry["sha256"] for name, entry in files.items() if not entry.get("fact")}
-    return found
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run from an unrelated working directory, and what it printed."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    root = tmp_path_factory.mktemp("finished") / "root"
-    done = winnow(root, cwd=elsewhere)
-    assert list(elsewhere.iterdir()) == []  # nothing is left where the command was given
-    return root, done
 
 
 def test_the_leaderboard_is_printed_with_the_path_of_its_page(finished):
@@ -77,54 +46,54 @@ def test_counts_reconcile_and_every_failed_row_has_a_reason(finished):
             assert after["rows_in"] == before["rows_kept"]
 
 
-def test_a_second_run_has_nothing_to_do(finished):
+def test_a_second_run_has_nothing_to_do(winnow, finished):
     root, _ = finished
-    before = artifacts(root)
+    before = winnow.artifacts(root)
     times = {path: path.stat().st_mtime_ns for path in pathlib.Path(root).glob(f"*/{RECORD}")}
-    plan = winnow(root, "--plan")
+    plan = winnow.run(root, "--plan")
     assert re.search(r"0 todo, 0 pending", plan.stdout), plan.stdout
-    winnow(root)
-    assert artifacts(root) == before
+    winnow.run(root)
+    assert winnow.artifacts(root) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
-def test_the_plan_says_what_changed(finished):
+def test_the_plan_says_what_changed(winnow, finished):
     root, _ = finished
-    plan = winnow(root, "--plan", "--set", "recipes.tiny.lr=2e-3")
+    plan = winnow.run(root, "--plan", "--set", "recipes.tiny.lr=2e-3")
     line = next(line for line in plan.stdout.splitlines() if line.startswith("no_filter/seed0/train"))
     assert "todo" in line
     assert "recipe.lr: 0.001 -> 0.002" in line
     assert "pending" in next(line for line in plan.stdout.splitlines() if line.startswith("clip "))
 
 
-def test_a_renamed_strategy_is_not_trained_again(finished):
+def test_a_renamed_strategy_is_not_trained_again(winnow, finished):
     root, _ = finished
     renamed = ("strategies.everything={}", "compare=[everything, oracle]", "baseline=everything")
-    plan = winnow(root, "--plan", *(word for setting in renamed for word in ("--set", setting)))
+    plan = winnow.run(root, "--plan", *(word for setting in renamed for word in ("--set", setting)))
     assert "0 todo, 0 pending" in plan.stdout, plan.stdout
 
 
-def test_the_report_is_rebuilt_from_records_alone(finished):
+def test_the_report_is_rebuilt_from_records_alone(winnow, finished):
     root, _ = finished
     run = sorted(pathlib.Path(root).glob("runs/*/leaderboard.html"))[-1].parent
     before = {name: (run / name).read_bytes() for name in ("leaderboard.html", "leaderboard.json", "leaderboard.md")}
     for name in before:
         (run / name).unlink()
-    winnow(root, "--report")
+    winnow.run(root, "--report")
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
-def test_clean_lists_and_removes_only_what_no_run_refers_to(finished):
+def test_clean_lists_and_removes_only_what_no_run_refers_to(winnow, finished):
     root, _ = finished
     stray = pathlib.Path(root) / "pool-0123456789ab"
     stray.mkdir()
     (stray / "00000.tar").write_bytes(b"x")
-    before = artifacts(root)
-    assert "unused  pool-0123456789ab" in winnow(root, "--clean").stdout
+    before = winnow.artifacts(root)
+    assert "unused  pool-0123456789ab" in winnow.run(root, "--clean").stdout
     assert stray.exists()
-    assert "removed  pool-0123456789ab" in winnow(root, "--clean", "--yes").stdout
+    assert "removed  pool-0123456789ab" in winnow.run(root, "--clean", "--yes").stdout
     assert not stray.exists()
-    assert artifacts(root) == before
+    assert winnow.artifacts(root) == before
 
 
 @pytest.mark.parametrize(
@@ -145,8 +114,8 @@ def test_clean_lists_and_removes_only_what_no_run_refers_to(finished):
         (["--yes"], r"--yes has no effect"),
     ],
 )
-def test_config_errors_are_one_line_and_exit_2_before_any_work(tmp_path, more, message):
-    done = winnow(tmp_path / "root", *more, check=2)
+def test_config_errors_are_one_line_and_exit_2_before_any_work(winnow, tmp_path, more, message):
+    done = winnow.run(tmp_path / "root", *more, check=2)
     assert re.search(message, done.stderr), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stderr
@@ -159,10 +128,10 @@ def test_no_arguments_print_the_usage_and_the_demo():
     assert "--config configs/demo.yaml" in done.stdout
 
 
-def test_a_failed_step_leaves_the_others_running_and_its_row_na(tmp_path):
+def test_a_failed_step_leaves_the_others_running_and_its_row_na(winnow, tmp_path):
     """A strategy that keeps nothing can't be trained: its row is N/A, the others are complete, the exit code is 1."""
     root = tmp_path / "root"
-    done = winnow(root, "--set", "strategies.basic_and_clip={where: ['caption_words > 1000']}", check=1)
+    done = winnow.run(root, "--set", "strategies.basic_and_clip={where: ['caption_words > 1000']}", check=1)
     assert re.search(r"FAILED.*basic_and_clip/train_set: .*no row was selected", done.stderr + done.stdout)
     row = next(line for line in done.stdout.splitlines() if re.search(r"\bbasic_and_clip\b", line))
     assert "N/A" in row
@@ -181,35 +150,35 @@ def wait_for(condition, process, timeout_s=240):
     raise AssertionError("the moment to kill the run did not come")
 
 
-def started(root, *more):
+def started(command):
     return subprocess.Popen(
-        command(root, *more), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
 
 
 @pytest.mark.parametrize("moment", ["scoring", "training"])
-def test_a_killed_run_goes_on_to_the_same_bytes(finished, tmp_path, moment):
+def test_a_killed_run_goes_on_to_the_same_bytes(winnow, finished, tmp_path, moment):
     """SIGKILL in the middle of scoring, and of training; the rerun's artifacts equal those of an uninterrupted run."""
     root = tmp_path / "root"
     pattern = {"scoring": "clip-*/00001.parquet", "training": "checkpoint-*/step_*"}[moment]
-    process = started(root)
+    process = started(winnow.command(root))
     wait_for(lambda: list(root.glob(pattern)), process)
     os.killpg(process.pid, signal.SIGKILL)  # the driver and the Ray that it started
     process.wait()
-    winnow(root)
-    assert artifacts(root) == artifacts(finished[0])
-    assert not list(root.glob("*-*/**/*.tmp-*"))
+    winnow.run(root)
+    assert winnow.artifacts(root) == winnow.artifacts(finished[0])
+    assert not [path for path in root.glob("*-*/**/*.tmp-*") if path.is_file()]
 
 
 @pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_leaves_nothing_half_written(tmp_path, sign, code):
+def test_a_stopped_run_leaves_nothing_half_written(winnow, tmp_path, sign, code):
     root = tmp_path / "root"
-    process = started(root)
+    process = started(winnow.command(root))
     wait_for(lambda: list(root.glob("pool-*/00000.parquet")), process)
     process.send_signal(sign)
     assert process.wait(timeout=60) == code
     time.sleep(1)
-    assert not list(root.rglob("*.tmp-*.parquet")) + list(root.rglob("*.tar.tmp-*"))
+    assert not [path for path in root.glob("*-*/**/*.tmp-*") if path.is_file()]
     for record in root.glob(f"*/{RECORD}"):
         for name, entry in json.loads(record.read_text())["files"].items():
             assert (record.parent / name).stat().st_size == entry["bytes"]
