@@ -22,7 +22,7 @@ from pipeline.core.errors import ConfigError, WinnowError  # noqa: E402
 DEMO = "uv run pipeline/run.py --config configs/demo.yaml"
 USAGE = f"""winnow: which filter makes the better image-text dataset?
 
-Try the demo (about 3 minutes on two cores, downloads no data):
+Try the demo (about 4 minutes on two cores, downloads no data):
     {DEMO}
 Your own images and captions:
     uv run pipeline/run.py --config configs/folder.yaml --set pool.source=/path/to/photos
