@@ -25,7 +25,8 @@ USAGE = f"""winnow: which filter makes the better image-text dataset?
 Try the demo (about 4 minutes on two cores, downloads no data):
     {DEMO}
 Your own images and captions:
-    uv run pipeline/run.py --config configs/folder.yaml --set pool.source=/path/to/photos
+    uv run pipeline/run.py --config configs/folder.yaml --set pool.source=/path/to/photos \\
+        --set eval.root=/path/to/tasks --set 'eval.tasks=[cifar10]'
 """
 
 
