@@ -48,14 +48,13 @@ def check_architecture(architecture: Architecture, place: str) -> None:
             raise ConfigError(f"{place} = {architecture}, expected an architecture of open_clip.{hint}")
         return
     for part, kind in (("embed_dim", int), ("vision_cfg", Mapping), ("text_cfg", Mapping)):
-        if part in architecture and not isinstance(architecture[part], kind):
-            what = "a whole number" if kind is int else "a mapping"
-            raise ConfigError(f"{place}.{part} = {architecture[part]}, expected {what}")
-    for part in ("embed_dim", "vision_cfg", "text_cfg"):
         if part not in architecture:
             raise ConfigError(
                 f"{place}.{part} is missing, expected a model_cfg with embed_dim, vision_cfg and text_cfg"
             )
+        if not isinstance(architecture[part], kind):
+            what = "a whole number" if kind is int else "a mapping"
+            raise ConfigError(f"{place}.{part} = {architecture[part]}, expected {what}")
 
 
 def _known_architectures() -> list[str]:
