@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help lint test demo bench
+.PHONY: help lint test test-slow demo bench
 
 help: ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -9,6 +9,9 @@ lint: ## style and imports
 
 test: ## the tests, as CI runs them
 	uv run pytest
+
+test-slow: ## the long ones, which CI leaves out
+	uv run pytest -m slow
 
 demo: ## the demo: pool to leaderboard
 	uv run pipeline/run.py --config configs/demo.yaml

@@ -34,9 +34,10 @@ from pipeline.plan import Plan, Status, Step
 from pipeline.runs import RUNS
 from stages.base import Stage
 from stages.column_files import Column
-from stages.ingest import demo_world, pool_shards, sources
+from stages.ingest import demo_world, download, pool_shards, sources
+from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, train_set
-from stages.stage_worker import StageJob, StageWorker
+from stages.stage_worker import StageJob, StageWorker, fit
 from training.recipe import Recipe
 from training.worker import train_on_ray
 
@@ -67,6 +68,7 @@ class Executor:
         self.interrupted: list[str] = []  # folders that were being written when the run was stopped
         self._over = threading.Event()
         self._watched: dict[str, int] = {}  # trainings that were submitted, and their samples
+        self._downloads: set[str] = set()  # downloads that are under way
 
     def run(self, targets: Sequence[str], outcome: Outcome) -> Outcome:
         """The outcome after every step that `targets` need is done, failed, or waits for a failed one."""
@@ -170,6 +172,7 @@ class Executor:
 
     def _runners(self) -> Mapping[str, Callable[[str, Step, dict[str, Status]], tuple[dict, dict]]]:
         return {
+            "urls": self._run_pool,
             "pool": self._run_pool,
             "tasks": self._run_tasks,
             "selection": self._run_selection,
@@ -191,6 +194,8 @@ class Executor:
     # One method per kind of step. Those of single steps return (facts, further arguments of artifact.finish).
 
     def _run_pool(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        if isinstance(step.work, DownloadSettings):
+            return self._run_download(label, step, statuses)
         out_path = _path(statuses, step.name)
         shard_size, sample = step.values["shard_size"], step.values["sample"]
         resources = self._resources(step)
@@ -211,7 +216,7 @@ class Executor:
             resources,
             lambda index, done: self.progress.advance(label, 1, done["rows"], done["failed"]),
         )
-        facts = pool_shards.pool_facts(plan, shards)
+        facts = pool_shards.pool_facts(plan.source_rows, plan.sampled_out_rows, shards) | {"columns": columns}
         pool_shards.forget_ids(out_path)
         notes = {
             f"{shard.name}.parquet": {"rows": done["rows"]} for shard, done in zip(plan.shards, shards, strict=True)
@@ -219,6 +224,53 @@ class Executor:
         known = {name: entry for done in shards for name, entry in done["known"].items()}
         self.progress.end(label, _counts(facts["rows"], facts["failed"]))
         return facts, {"file_notes": notes, "known": known}
+
+    def _run_download(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        out_path, record = _path(statuses, step.name), statuses[step.inputs["urls"]].record or {}
+        artifact.reopen(out_path)  # where rows are fetched again, it is unfinished until all shards agree
+        shards = pool.shards(record)
+        nodes = self.engine.cpus_of_nodes()
+        resources = self.plan.config.cluster.get("download") or Resources(cpus=max(1, int(nodes[0])))
+        resources = resources.model_copy(update={"workers": resources.workers or len(nodes)})
+        job = download.DownloadJob(
+            _path(statuses, step.inputs["urls"]),
+            out_path,
+            step.work,
+            record["facts"]["columns"],
+            resources.workers,
+            _path(statuses, step.inputs["selection"]) if "selection" in step.inputs else None,
+            self.plan.exclude,
+        )
+        self.progress.start(label, sum(shard.rows for shard in shards), "rows")
+        self._downloads.add(label)
+        try:
+            done = self.engine.map_on_actors(
+                download.DownloadWorker,
+                (job, _threads(resources), functools.partial(_post_download, self.engine.board(), label)),
+                [(shard,) for shard in shards],
+                [f"{label}/{shard.name}" for shard in shards],
+                resources,
+                lambda index, facts: self.progress.advance(label, facts["kept_rows"]),
+                items_at_once=download.SHARDS_AT_ONCE,
+            )
+        finally:
+            self._downloads.discard(label)
+        facts = pool_shards.pool_facts(record["facts"]["rows"], 0, done)
+        facts |= {
+            "bytes": sum(shard["bytes"] for shard in done),
+            "retried_by": self.plan.run_id if step.work.retry else "",
+        }
+        facts["failures_by_host"] = download.worst_hosts(shard["hosts"] for shard in done)
+        self.progress.end(label, _counts(facts["rows"], facts["failed"]))
+        for entry in facts["failures_by_host"][:5]:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in entry["reasons"].items())
+            self.progress.say(f"{label}  {entry['host']}: {entry['failed']:,} failed ({reasons})")
+        names = [(shard.name, facts_of) for shard, facts_of in zip(shards, done, strict=True)]
+        return facts, {
+            "file_notes": {f"{name}.parquet": {"rows": shard["rows"]} for name, shard in names},
+            "known": {name: entry for shard in done for name, entry in shard["known"].items()},
+            "fact_files": [f"{name}_stats.json" for name, _ in names],
+        }
 
     def _run_tasks(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         names = self._one(label, demo_world.write_tasks, (_path(statuses, step.name), step.values["seed"]), step)
@@ -244,6 +296,9 @@ class Executor:
                     step.work, _path(statuses, step.name), columns, self._model(step, statuses), resources.batch_size
                 )
             )
+        for job in jobs:
+            if job.stage.whole_pool:
+                self._one(f"{label}/fit", fit, (pool_path, job, shards), first)
         self.progress.start(label, len(todo))
         seconds = dict.fromkeys((job.out_path for job in jobs), 0.0)
         known: dict[str, dict] = {job.out_path: {} for job in jobs}
@@ -289,9 +344,9 @@ class Executor:
         return {"architecture": model.architecture, "pretrained": planning.weights_path(model.pretrained or "")}
 
     def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
-        chosen, name = step.work
+        chosen, name, exclude = step.work
         columns = self._columns(step, statuses)
-        arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name))
+        arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name), exclude)
         self.progress.start(label, 1, "steps")
         facts = self._one(label, choose.select, arguments, step)
         self.progress.end(label, f"kept {facts['kept_rows']:,} of {facts['pool_rows']:,}")
@@ -368,7 +423,7 @@ class Executor:
         free = storage.free_bytes(self.plan.config.root)
         if free is None:
             return
-        if step.kind == "pool":
+        if step.kind == "pool" and not isinstance(step.work, DownloadSettings):
             real = [source for source in step.work.values() if source.layout != sources.DEMO]
             sizes = sum(entry.size_bytes for source in real for entry in sources.find(source).files.values())
             needed = int(sizes * step.values["sample"])
@@ -386,16 +441,19 @@ class Executor:
             raise StepError(f"{step.name}: not enough disk at {self.plan.config.root}: it will write {sizes}")
 
     def _watch_trainings(self) -> None:
-        """Puts what trainings post on the screen until the run ends."""
+        """Puts what trainings and downloads post on the screen until the run ends."""
         seen: dict[str, int] = {}
+        fetched: dict[str, dict[str, Any]] = {}
         while not self._over.wait(POST_EVERY_S):
-            if not self._watched:
+            if not self._watched and not self._downloads:
                 continue
             try:
                 posted = self.engine.posted()
             except Exception as error:  # the board is a convenience: without it a run is only less talkative
                 log.logger.debug("no progress to show: %s", error)
                 continue
+            for label in list(self._downloads):
+                self._show_download(label, posted, fetched)
             for label, total in list(self._watched.items()):
                 values = posted.get(label)
                 if values is None:
@@ -407,6 +465,24 @@ class Executor:
                     new = values["samples_seen"] - seen[label]
                     seen[label] = values["samples_seen"]
                     self.progress.advance(label, new, new, note=f"loss {values['loss']:.3f}")
+
+    def _show_download(self, label: str, posted: Mapping[str, Mapping], seen: dict[str, dict[str, Any]]) -> None:
+        """None; advances the download's line by what its workers posted since it was last looked at."""
+        for worker, values in posted.items():
+            if not worker.startswith(f"{label}@"):
+                continue
+            before = seen.get(worker, {"rows": 0, "ok_rows": 0, "failed": {}})
+            seen[worker] = dict(values)
+            failed = {reason: count - before["failed"].get(reason, 0) for reason, count in values["failed"].items()}
+            new_rows = values["rows"] - before["rows"]
+            if not new_rows:
+                continue
+            all_workers = [found for name, found in seen.items() if name.startswith(f"{label}@")]
+            rows = sum(found["rows"] for found in all_workers)
+            share = sum(found["ok_rows"] for found in all_workers) / rows
+            speed = sum(found["bytes"] / found["seconds"] for found in all_workers)
+            note = f"{log.short_count(speed)}B/s  {share:.0%} ok"
+            self.progress.advance(label, new_rows, values["ok_rows"] - before["ok_rows"], failed, note)
 
 
 def write_plan(run_path: str, outcome: Outcome) -> None:
@@ -564,6 +640,11 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
         ],
         "baseline": plan.config.baseline or plan.config.compare[0],
     }
+
+
+def _post_download(board: Any, label: str, worker: str, values: dict[str, Any]) -> None:
+    """None; posts one download worker's counts."""
+    post(board, f"{label}@{worker}", values)
 
 
 # What runs remotely. torch and what needs it come in there, never in the driver.

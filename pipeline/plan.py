@@ -1,33 +1,40 @@
 """Config -> the DAG of steps, and what each step's state is.
 
     pool -> stages' columns -> selection -> train_set -> train (per seed) -> eval (per task)
-             ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
+      ^      ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
+      ^ where the source is a table of URLs: urls -> columns that need no image -> selection -> download
 
 A step makes one artifact. Its identity is its values and the digests of its inputs' content, so it is known once the
 inputs are finished: until then the step is *pending*. Column steps are identified by the pool's fingerprint instead,
 and each of their files by the digest of the pool shard that it was computed from: when a shard changes, that file
-alone is stale.
+alone is stale. A downloaded pool is a step of its own after `urls`; with `retry` it is to be done once more in a run.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from eval import tasks as eval_tasks
 from pipeline.core import artifact, clip_model, pool, storage
-from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig
-from pipeline.core.errors import ConfigError, WinnowError, one_line, suggestion
-from stages import build_stage
+from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig, validate
+from pipeline.core.errors import FAILURES, ConfigError, WinnowError, one_line, suggestion
+from stages import build_stage, exclusion
 from stages.base import Stage
-from stages.column_files import POOL_TYPES
-from stages.ingest import demo_world, pool_shards, sources
+from stages.column_files import ARROW_TYPES, POOL_TYPES
+from stages.ingest import demo_world, download, pool_shards, sources
+from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, train_set
 from stages.selection import strategies as algebra
 from training import ledger, recipe
 
 TRAIN_SHARD_SIZE = 10_000  # samples a tar of a train set
+KNOWN_BEFORE = ("uid", "caption", "source", "url", "original_width_px", "original_height_px")  # a download
+DOWNLOAD_TYPES = {
+    column: name for column, kind in download.COLUMNS.items() for name, known in ARROW_TYPES.items() if known == kind
+}
 DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
 
 
@@ -64,6 +71,8 @@ class Plan:
     recipe: recipe.Recipe
     tasks: Mapping[str, eval_tasks.TaskData | None]  # None: a task of the demo world, drawn by the step `tasks`
     warnings: list[str]
+    exclude: exclusion.Exclusion
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # which run a retry belongs to
 
     def ancestors(self, names: list[str]) -> list[str]:
         """The named steps and all that they depend on, in order."""
@@ -93,13 +102,14 @@ def build(config: Config, place: str) -> Plan:
         steps[step.name] = step
         return step.name
 
-    add(_pool_step("pool", config.pool, f"{place}: pool"))
-    for name, reference in config.references.items():
-        add(_pool_step(f"reference/{name}", reference, f"{place}: references.{name}"))
-
+    read = _read_step("pool", config.pool, f"{place}: pool")
+    settings = _download_settings(read, config.pool, f"{place}: pool")
+    exclude = exclusion.parse(config.exclude.uids, config.exclude.domains, f"{place}: exclude")
     recipes = _recipes(config, place)
     stages = _stages(config, place)
-    column_types = {**POOL_TYPES, **sources.carried_columns(steps["pool"].work)}
+    carried = sources.carried_columns(read.work)
+    own_types = {**POOL_TYPES, **carried, **(DOWNLOAD_TYPES if settings else {})}  # of the pool itself
+    column_types = dict(own_types)
     for alias, stage in stages.items():
         for column, kind in stage_columns(alias, stage).items():
             if column in column_types:
@@ -121,19 +131,48 @@ def build(config: Config, place: str) -> Plan:
     def owner_of(column: str) -> str | None:
         return next((alias for alias, stage in stages.items() if column in stage_columns(alias, stage)), None)
 
-    def add_stage(alias: str) -> str:
-        if alias in steps:
-            return alias
-        _enter(visiting, f"stages.{alias}", place)
+    def add_pool(name: str, read: Step, settings: DownloadSettings | None, only: str | None = None) -> None:
+        """The step that makes a pool; where its images are downloaded, after those that say which."""
+        if settings is None:
+            add(read)
+            return
+        urls = add(replace(read, name="urls" if name == "pool" else f"{name}/urls", kind="urls"))
+        inputs = {"urls": urls}
+        if only is not None:
+            inputs["selection"] = add_first_choice(only)
+        add(Step(name, "pool", download.VERSION, {"download": settings.identity()}, inputs, "download", settings))
+
+    def add_first_choice(strategy: str) -> str:
+        """The steps that choose rows before anything is downloaded, from what the tables and captions tell."""
+        where = f"{place}: pool.only = {strategy}"
+        inputs = {"pool": "urls"}
+        for column in sorted(algebra.used_columns(parsed, strategy)):
+            owner = owner_of(column)
+            if owner:
+                inputs[f"column/{column}"] = add_stage(owner, "urls")
+            elif column not in (*KNOWN_BEFORE, *carried):
+                raise ConfigError(f"{where}: uses {column}, expected only columns that are known before the download")
+        return add_selection("urls/selection", parsed, strategy, inputs, f"{place}: strategies", first=True)
+
+    def add_stage(alias: str, pool_step: str = "pool") -> str:
+        step_name = alias if pool_step == "pool" else f"{pool_step}/{alias}"
+        if step_name in steps:
+            return step_name
         stage = stages[alias]
-        inputs = {"pool": "pool"}
+        if pool_step == "urls" and (stage.reads not in ("caption", "columns") or stage.uses_model):
+            raise ConfigError(
+                f"{place}: pool.only = {config.pool.only}: the stage {alias} needs images or a model, "
+                "expected only columns that are known before the download"
+            )
+        _enter(visiting, f"stages.{alias}", place)
+        inputs = {"pool": pool_step}
         for column in stage.needs:
-            if column in pool.SCHEMA.names or column in sources.carried_columns(steps["pool"].work):
+            if column in own_types:
                 continue
             owner = owner_of(column)
             if owner is None:
                 raise ConfigError(f"{place}: stages.{alias} needs the column {column}, which no stage adds")
-            inputs[f"column/{column}"] = add_stage(owner)
+            inputs[f"column/{column}"] = add_stage(owner, pool_step)
         values: dict[str, Any] = {"fields": _fields(stage)}
         for parameter, path in stage.external_files().items():
             values["fields"][parameter] = _file_digest(path, f"{place}: stages.{alias}.{parameter}")
@@ -149,9 +188,10 @@ def build(config: Config, place: str) -> Plan:
             else:
                 values["fields"]["model"] = _published_model(model, f"{place}: models.{name}")
         visiting.pop()
-        add(Step(alias, stage_name(stage), stage.version, values, inputs, resources=alias, work=stage))
-        columns.update(dict(zip(stage_columns(alias, stage), ((alias, own) for own in stage.adds), strict=True)))
-        return alias
+        add(Step(step_name, stage_name(stage), stage.version, values, inputs, resources=alias, work=stage))
+        if pool_step == "pool":
+            columns.update(dict(zip(stage_columns(alias, stage), ((alias, own) for own in stage.adds), strict=True)))
+        return step_name
 
     def add_model(name: str, model: ModelConfig) -> str:
         step_name = f"model/{name}"
@@ -176,13 +216,7 @@ def build(config: Config, place: str) -> Plan:
                 owner = owner_of(column)
                 if owner:
                     inputs[f"column/{column}"] = add_stage(owner)
-        values = {
-            "strategy": algebra.definition(chosen, name),
-            "files": [_file_digest(path, f"{place}: strategies: uids") for path in algebra.used_files(chosen, name)],
-        }
-        selection = add(
-            Step(f"{prefix}selection", "selection", choose.VERSION, values, inputs, "select", (chosen, name))
-        )
+        selection = add_selection(f"{prefix}selection", chosen, name, inputs, f"{place}: strategies")
         return add(
             Step(
                 f"{prefix}train_set",
@@ -194,6 +228,23 @@ def build(config: Config, place: str) -> Plan:
             )
         )
 
+    def add_selection(
+        step_name: str, chosen: Mapping[str, Any], name: str, inputs: dict[str, str], where: str, first: bool = False
+    ) -> str:
+        values: dict[str, Any] = {
+            "strategy": algebra.definition(chosen, name),
+            "files": [_file_digest(path, f"{where}: uids") for path in algebra.used_files(chosen, name)],
+        }
+        left_out = exclusion.NOTHING if first else exclude  # before a download a takedown is a row's status
+        if left_out:
+            values["exclude"] = left_out.identity()
+        return add(Step(step_name, "selection", choose.VERSION, values, inputs, "select", (chosen, name, left_out)))
+
+    add_pool("pool", read, settings, config.pool.only)
+    for name, reference in config.references.items():
+        where = f"{place}: references.{name}"
+        reference_read = _read_step(f"reference/{name}", reference, where)
+        add_pool(f"reference/{name}", reference_read, _download_settings(reference_read, reference, where))
     for alias in stages:
         add_stage(alias)
     used = {getattr(stage, "model", None) for stage in stages.values() if stage.uses_model}
@@ -217,7 +268,7 @@ def build(config: Config, place: str) -> Plan:
         model.recipe: recipes[model.recipe] for model in config.models.values() if model.recipe
     }
     warnings = [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
-    return Plan(config, steps, columns, shared, tasks, warnings)
+    return Plan(config, steps, columns, shared, tasks, warnings, exclude)
 
 
 def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = False) -> dict[str, Status]:
@@ -242,6 +293,10 @@ def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = 
         made = artifact.Artifact(root, step.kind, identity(step, found))
         record = made.record()
         if record is not None:
+            again = _rows_to_retry(step, record, plan.run_id)
+            if again:
+                found[name] = Status("todo", made, f"retry: {again} failed rows", record)
+                continue
             stale = stale_shards(step, record, found)
             if not stale:
                 found[name] = Status("done", made, "finished", record)
@@ -254,13 +309,21 @@ def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = 
     return found
 
 
+def _rows_to_retry(step: Step, record: Mapping[str, Any], run_id: str) -> int:
+    """How many rows of a finished download this run shall fetch again."""
+    if not isinstance(step.work, DownloadSettings) or record["facts"].get("retried_by") == run_id:
+        return 0
+    retried = download.retried_failures(step.work)
+    return sum(count for reason, count in record["facts"]["failed"].items() if reason in retried)
+
+
 def identity(step: Step, found: Mapping[str, Status]) -> dict[str, Any]:
     """The identity of a step whose inputs are done."""
     inputs = {}
     for role, name in step.inputs.items():
         record = found[name].record
         assert record is not None  # done steps have one
-        by_name = isinstance(step.work, Stage) and role != "model"
+        by_name = isinstance(step.work, Stage) and role != "model" and not step.work.whole_pool
         inputs[role] = record["fingerprint"] if by_name else artifact.content_digest(record)
     return {"version": step.version, **step.values, "inputs": inputs}
 
@@ -295,7 +358,7 @@ def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None
     reference = (config.strategies[strategy] or {}).get("reference")
     if reference:
         phrases.append(f"reference {reference} instead of the pool")
-    chosen, name = plan.steps[f"{strategy}/selection"].work
+    chosen, name, _ = plan.steps[f"{strategy}/selection"].work
     columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
     for alias in sorted({plan.columns[column][0] for column in columns if column in plan.columns}):
         stage = plan.steps[alias].work
@@ -319,12 +382,13 @@ def label(plan: Plan, strategy: str) -> str:
     """`oracle` for a strategy that reads planted truth, `reference` for one that is no choice from the pool, or ""."""
     if "reference" in (plan.config.strategies[strategy] or {}):
         return "reference"
-    chosen, name = plan.steps[f"{strategy}/selection"].work
+    chosen, name, _ = plan.steps[f"{strategy}/selection"].work
     judged_by = algebra.used_columns(chosen, name, sizes=False)
     return "oracle" if any(column.startswith("truth_") for column in judged_by) else ""
 
 
-def _pool_step(name: str, config: PoolConfig, place: str) -> Step:
+def _read_step(name: str, config: PoolConfig, place: str) -> Step:
+    """The step that reads a pool's sources: their pairs, or the rows of tables of URLs."""
     try:
         parsed = sources.parse(config.source, f"{place}.source")
         digests = {source_name: sources.source_digest(source) for source_name, source in parsed.items()}
@@ -338,6 +402,21 @@ def _pool_step(name: str, config: PoolConfig, place: str) -> Step:
         "sample": config.sample,
     }
     return Step(name, "pool", pool_shards.VERSION, values, {}, "pool", parsed)
+
+
+def _download_settings(read: Step, config: PoolConfig, place: str) -> DownloadSettings | None:
+    """How the pool's images are downloaded; None where its sources have them."""
+    if next(iter(read.work.values())).layout != sources.URLS:
+        for key in ("download", "only"):
+            if getattr(config, key) is not None:
+                raise ConfigError(f"{place}.{key} has no effect: the source is no table of URLs; leave it out")
+        return None
+    settings: DownloadSettings = validate(DownloadSettings, config.download or {}, f"{place}.download")
+    for reason in settings.retry if isinstance(settings.retry, list) else ():
+        if reason not in FAILURES:
+            hint = suggestion(reason, FAILURES)
+            raise ConfigError(f"{place}.download.retry: {reason}, expected failed or classes of failures.{hint}")
+    return settings
 
 
 def _train_step(name: str, trained: recipe.Recipe, seed: int, source: str) -> Step:
@@ -385,7 +464,7 @@ def stage_name(stage: Stage) -> str:
 
 
 def _fields(stage: Stage) -> dict[str, Any]:
-    return {name: getattr(stage, name) for name in type(stage).__dataclass_fields__}
+    return {field.name: getattr(stage, field.name) for field in fields(stage)}
 
 
 def weights_path(pretrained: str) -> str:
@@ -437,13 +516,13 @@ def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[s
 
 
 # Which settings of `cluster:` mean something for which step; cpus, gpus, memory_gb and labels do for all.
-WORKERS_OF = ("pool", "train_set", "train")
+WORKERS_OF = ("pool", "download", "train_set", "train")
 BATCH_SIZE_OF = ("eval",)
 MAX_CONCURRENT_OF = ("train",)
 
 
 def _check_cluster(config: Config, stages: Mapping[str, Stage], place: str) -> None:
-    names = {"pool", "select", "train_set", "train", "eval", *stages}
+    names = {"pool", "download", "select", "train_set", "train", "eval", *stages}
     for name, resources in config.cluster.items():
         if name not in names:
             raise ConfigError(f"{place}: cluster.{name} is no step.{suggestion(name, names)}")

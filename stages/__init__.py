@@ -14,6 +14,7 @@ STAGES = {
     "caption_stats": "stages.columns.caption_stats:CaptionStats",
     "language": "stages.columns.language:Language",
     "hashes": "stages.columns.hashes:Hashes",
+    "placeholders": "stages.columns.placeholders:Placeholders",
     "clip": "stages.columns.clip:Clip",
 }
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from pipeline.core.pool import Shard
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -31,28 +33,35 @@ class Batch:
 class LoadContext:
     """What a worker offers a stage: `device` (`cpu`, `cuda`), `threads`, and the `model` that its config names.
 
-    `model` is what pipeline.core.clip_model.load takes, or None for a stage without one.
+    `model` is what pipeline.core.clip_model.load takes, or None for a stage without one. `fit_path` is the folder that
+    `fit` wrote to, for a stage of the whole pool.
     """
 
     device: str = "cpu"
     threads: int = 1
     model: Mapping[str, Any] | None = None
+    fit_path: str | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A map stage: columns of a row from that row alone."""
+    """Columns of a row from that row alone, or with `whole_pool` also from what `fit` found in all rows."""
 
     version: ClassVar[int] = 1  # bump when any output value changes
     reads: ClassVar[str] = "caption"  # caption | bytes | pixels | columns
     needs: ClassVar[tuple[str, ...]] = ()  # columns of earlier stages
     adds: ClassVar[Mapping[str, str]] = {}  # column -> bool, int32, int64, float32, string, or float16[] (any width)
     uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
+    whole_pool: ClassVar[bool] = False  # True: `fit` comes first, and any change of the pool makes all files stale
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
 
     def external_files(self) -> Mapping[str, str]:
         """{parameter: path} of files outside the pool that decide values; their content is part of the identity."""
         return {}
+
+    def fit(self, pool_path: str, shards: Sequence[Shard], out_path: str) -> None:
+        """None; looks at the whole pool and writes what load() needs into the folder. In one task; may run again."""
+        raise NotImplementedError
 
     def load(self, context: LoadContext) -> Any:
         """The state that process() gets: weights, tables. Called once per worker."""

@@ -103,7 +103,8 @@ def _score_group(
 ) -> None:
     """None; every stage has had all ok rows of the group, in its own batches."""
     table = group.rows.take(ok_rows)
-    pixels = table["width_px"].to_numpy().astype(np.int64) * table["height_px"].to_numpy()
+    sides_px = (table[name].fill_null(0).to_numpy().astype(np.int64) for name in ("width_px", "height_px"))
+    pixels = np.multiply(*sides_px)  # zeros before a download
     columns = {name: values.to_pylist() for name, values in zip(table.column_names, table.columns, strict=True)}
     own = []  # of each stage: its columns of the group
     queues = []  # of each stage: the ends of the batches that are left, the next one last

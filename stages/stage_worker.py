@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.core import storage
 from pipeline.core.pool import Shard
 from stages.base import LoadContext, Stage
 from stages.column_files import Column
@@ -23,6 +24,16 @@ class StageJob:
     batch_size: int | None = None
 
 
+def fit_path(job: StageJob) -> str | None:
+    """Where `fit` of a stage of the whole pool writes; None for other stages."""
+    return storage.join(job.out_path, "fit") if job.stage.whole_pool else None
+
+
+def fit(pool_path: str, job: StageJob, shards: Sequence[Shard]) -> None:
+    """None; what the stage found in the whole pool is in its folder."""
+    job.stage.fit(pool_path, shards, fit_path(job) or "")
+
+
 class StageWorker:
     """Scores shards of one pool with several stages; built once per actor."""
 
@@ -32,7 +43,7 @@ class StageWorker:
         self.stages = [
             LoadedStage(
                 job.stage,
-                job.stage.load(LoadContext(device, threads, job.model)),
+                job.stage.load(LoadContext(device, threads, job.model, fit_path(job))),
                 job.out_path,
                 job.batch_size,
                 job.columns,

@@ -28,7 +28,7 @@ def build(
         pool_shards.read_ids(unit, number, str(out))
     plan = pool_shards.plan_shards(units, shard_size, sample, sources.carried_columns(parsed), str(out))
     shards = [pool_shards.write_shard(shard, str(out)) for shard in plan.shards[::step]][::step]
-    facts = pool_shards.pool_facts(plan, shards)
+    facts = pool_shards.pool_facts(plan.source_rows, plan.sampled_out_rows, shards)
     assert facts["source_rows"] == facts["rows"] + facts["sampled_out_rows"]
     assert facts["rows"] == facts["ok_rows"] + sum(facts["failed"].values())
     pool_shards.forget_ids(str(out))

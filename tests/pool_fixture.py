@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pathlib
@@ -62,6 +63,7 @@ def _row(tar: TarWriter, number: int, entry: Mapping[str, Any]) -> dict[str, Any
         row |= {"ok": True, "error": None, "image_format": extension, "image_size_bytes": len(entry["image"])}
         row |= dict(zip(("width_px", "height_px"), image.size, strict=True))
         row |= dict(zip(("original_width_px", "original_height_px"), image.size, strict=True))
+        row["sha256"] = hashlib.sha256(entry["image"]).hexdigest()
         row["image_offset_bytes"] = tar.add(f"{key}.{extension}", entry["image"])
         tar.add(f"{key}.txt", entry["caption"].encode())
         tar.add(f"{key}.json", json.dumps({"uid": row["uid"]}).encode())

@@ -20,8 +20,10 @@ from pipeline.core.errors import ConfigError, WinnowError
 from stages import STAGES, build_stage, score_shard
 from stages.base import Batch, LoadContext, Stage
 from stages.column_files import Column, is_current
+from stages.columns import placeholders
 from stages.columns.hashes import image_phash
 from stages.score_shard import LoadedStage
+from stages.stage_worker import StageJob, fit, fit_path
 from tests.pool_fixture import drawing, write_pool
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -64,11 +66,15 @@ def model_folder(tmp_path_factory):
 
 
 def score(pool_path, out, stages, shard=0, model=None, batch_size=None, threads=1):
-    found = pool.load_shards(pool_path)[shard]
-    loaded = [
-        LoadedStage(stage, stage.load(LoadContext(model=model)), f"{out}/{name}", batch_size)
-        for name, stage in stages.items()
-    ]
+    shards = pool.load_shards(pool_path)
+    found = shards[shard]
+    loaded = []
+    for name, stage in stages.items():
+        job = StageJob(stage, f"{out}/{name}", model=model)
+        if stage.whole_pool:
+            fit(pool_path, job, shards)
+        context = LoadContext(model=model, fit_path=fit_path(job))
+        loaded.append(LoadedStage(stage, stage.load(context), job.out_path, batch_size))
     facts = score_shard.score_shard(pool_path, found, loaded, threads)
     return facts, {name: pq.read_table(f"{out}/{name}/{found.name}.parquet") for name in stages}
 
@@ -389,6 +395,21 @@ def test_clip_score_is_the_cosine_of_plain_open_clip(pool_path, model_folder, tm
 def test_clip_refuses_random_weights():
     with pytest.raises(ConfigError, match="an untrained model can't score"):
         build_stage("clip", {"model": "b32"}, "").load(LoadContext(model={"architecture": "ViT-B-32"}))
+
+
+def test_placeholders_are_images_behind_many_urls(tmp_path, monkeypatch):
+    monkeypatch.setattr(placeholders, "COUNTED_ROWS", 7)  # several passes
+    sorry, banner = drawing(1), drawing(2)
+    rows = [{"image": sorry, "caption": "x", "url": f"http://a.test/{number}.jpg"} for number in range(5)]
+    rows += [{"image": banner, "caption": "x", "url": f"http://b.test/{number % 2}.jpg"} for number in range(6)]
+    rows += [{"image": drawing(number), "caption": "x", "url": f"http://c.test/{number}.jpg"} for number in range(3, 9)]
+    rows.append({"image": None, "caption": "x", "url": "http://a.test/9.jpg"})
+    rows[-2]["url"] = None
+    path = write_pool(tmp_path, [rows[:9], rows[9:]])
+    stage = build_stage("placeholders", {"min_urls": 3}, "placeholders")
+    found = [row for shard in (0, 1) for row in score(path, tmp_path, {"it": stage}, shard)[1]["it"].to_pylist()]
+    assert [row["image_num_urls"] for row in found] == [5] * 5 + [2] * 6 + [1] * 6 + [None]
+    assert [row["is_placeholder"] for row in found] == [True] * 5 + [False] * 12 + [None]
 
 
 @pytest.mark.parametrize(

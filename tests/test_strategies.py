@@ -14,6 +14,7 @@ import pytest
 from pipeline.core import pool
 from pipeline.core.errors import ConfigError, WinnowError
 from stages.column_files import POOL_TYPES
+from stages.exclusion import Exclusion
 from stages.selection import exact_cut, uids
 from stages.selection.choose import select
 from stages.selection.strategies import definition, parse_strategies, used_columns, used_files
@@ -294,7 +295,7 @@ def test_uids_file_and_exclude(world, tmp_path):
     assert world.chosen(mapping, "again") == set(kept)
     everything = {row["uid"] for row in world.ok()}
     assert world.chosen(mapping, "rest") == everything - set(kept)
-    facts, left = world.select({"it": {"top": {"column": "score", "fraction": 0.5}}}, "it", exclude=[path])
+    facts, left = world.select({"it": {"top": {"column": "score", "fraction": 0.5}}}, "it", exclude=Exclusion((path,)))
     assert set(left) == world.top("0.5", [row for row in world.ok() if row["uid"] not in kept])
     assert facts["funnel"][1]["rule"] == "exclude"
 

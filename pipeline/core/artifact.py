@@ -77,6 +77,11 @@ def read_record(path: str) -> dict[str, Any] | None:
         return None
 
 
+def reopen(path: str) -> None:
+    """None; the artifact in this folder counts as unfinished from now on, its files stay."""
+    storage.delete(storage.join(path, RECORD))
+
+
 def content_digest(record: Mapping[str, Any]) -> str:
     """32 hex digits over names and sha256 of the artifact's files, without those that hold only facts.
 

@@ -20,7 +20,7 @@ from pipeline.core import storage
 from pipeline.core.errors import ConfigError, suggestion
 
 NAME = re.compile(r"[a-z][a-z0-9_]*$")
-RESERVED = ("pool", "tasks", "reference", "model")  # steps are called so
+RESERVED = ("pool", "urls", "tasks", "reference", "model")  # steps are called so
 
 
 def in_job() -> bool:
@@ -47,11 +47,23 @@ class Resources(Model):
 
 
 class PoolConfig(Model):
-    """Where pairs come from: one source, or several by name; and how they are cut into shards."""
+    """Where pairs come from: one source, or several by name; and how they are cut into shards.
+
+    `download` and `only` are for sources that are tables of URLs; `only` names a strategy that needs no image.
+    """
 
     source: Any
     shard_size: int = Field(10_000, ge=1, le=1_000_000)
     sample: float = Field(1.0, gt=0, le=1)
+    download: dict[str, Any] | None = None
+    only: str | None = None
+
+
+class ExcludeConfig(Model):
+    """What must not be used, wherever it is: files of uids, and domains (or a file with one a line)."""
+
+    uids: str | list[str] = []
+    domains: str | list[str] = []
 
 
 class ModelConfig(Model):
@@ -86,6 +98,7 @@ class Config(Model):
     seed: int = Field(0, ge=0)  # of the train sets' shuffle
     pool: PoolConfig
     references: dict[str, PoolConfig] = {}
+    exclude: ExcludeConfig = ExcludeConfig()
     models: dict[str, ModelConfig] = {}
     recipes: dict[str, dict[str, Any]] = {}
     stages: list[str | dict[str, Any]] = []
@@ -306,6 +319,14 @@ def _check_names(config: Config, path: str) -> None:
         )
     if len(set(config.train.seeds)) != len(config.train.seeds):
         raise ConfigError(f"{path}: train.seeds = {config.train.seeds}, expected different numbers")
+    if config.pool.only is not None and config.pool.only not in config.strategies:
+        raise ConfigError(
+            f"{path}: pool.only = {config.pool.only}, expected a strategy."
+            + suggestion(config.pool.only, config.strategies)
+        )
+    for name, reference in config.references.items():
+        if reference.only is not None:
+            raise ConfigError(f"{path}: references.{name}.only has no effect, expected it to be left out")
     for name in config.strategies:
         if name in config.references:
             raise ConfigError(f"{path}: strategies.{name}: a reference has this name, expected another one")

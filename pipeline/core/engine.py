@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline.core.config import Resources, in_job
-from pipeline.core.errors import ConfigError, StepError, WinnowError, one_line
+from pipeline.core.errors import ConfigError, NetworkDownError, StepError, WinnowError, one_line
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ATTEMPTS = 3  # of one item, counting exceptions and lost actors
@@ -64,6 +64,11 @@ class Engine:
     def cluster_resources(self) -> dict[str, float]:
         """{CPU, GPU, memory, ...} of the cluster as it is now."""
         return dict(ray.cluster_resources())
+
+    def cpus_of_nodes(self) -> list[float]:
+        """The CPUs of each node that has any (head nodes often advertise none), smallest first."""
+        cpus = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        return sorted(count for count in cpus if count > 0)
 
     def board(self) -> Any:
         """A handle for remote functions to post progress on: see `post`."""
@@ -138,14 +143,26 @@ class Engine:
         names: Sequence[str],
         resources: Resources,
         on_done: Callable[[int, Any], None] | None = None,
+        items_at_once: int = 1,
     ) -> list[Any]:
         """worker.process(*item) of every item, on actors that each built worker_class(*arguments) once.
 
-        As `map`; actors that die are replaced and their item is done again; all actors end with the call.
+        As `map`; actors that die are replaced and their items are done again; all actors end with the call.
+
+        Args:
+            items_at_once: how many items an actor has in work, each in a thread of its own; such actors are spread
+                over the nodes.
+
+        Raises:
+            StepError: items that failed after their retries, by name and cause.
+            NetworkDownError: a worker raised it, and the whole map stopped.
         """
         cpus = self.cluster_resources().get("CPU", 1)
         most = resources.workers or max(1, int(cpus // resources.cpus) if resources.cpus else int(cpus))
-        actor_class = ray.remote(_Actor).options(**_options(resources))
+        options = _options(resources)
+        if items_at_once > 1:
+            options |= {"max_concurrency": items_at_once, "scheduling_strategy": "SPREAD"}
+        actor_class = ray.remote(_Actor).options(**options)
         idle: list[Any] = []
         todo = deque((index, 1) for index in range(len(items)))
         actors: list[Any] = []
@@ -160,13 +177,16 @@ class Engine:
             running[actor.ready.remote()] = (actor, None, 0)
 
         try:
-            for _ in range(min(most, len(items))):
+            for _ in range(min(most, -(-len(items) // items_at_once))):
                 start_actor()
             busy = 0
             while (todo or busy) and len(failures) < STOP_AFTER_FAILURES:
+                if todo and not actors:
+                    start_actor()
                 while todo and idle:
                     index, attempt = todo.popleft()
-                    actor = idle.pop()
+                    actor = idle[-1] if items_at_once == 1 else max(idle, key=idle.count)  # the least busy one
+                    idle.remove(actor)
                     running[actor.process.options(name=names[index]).remote(items[index])] = (actor, index, attempt)
                     busy += 1
                 for ref in self._wait(running):
@@ -178,6 +198,8 @@ class Engine:
                     except Exception as error:  # the shard boundary: recorded, retried or named
                         cause = _cause(error)
                         alive = not isinstance(cause, RayActorError)
+                        if isinstance(cause, NetworkDownError):
+                            raise cause from error
                         if index is None:  # it could not load: the same for all actors, unless its node was lost
                             lost_starts += 1
                             if alive or lost_starts > ATTEMPTS * most:
@@ -192,13 +214,15 @@ class Engine:
                             if on_done:
                                 on_done(index, result)
                     if alive:
-                        idle.append(actor)
-                    else:
+                        idle += [actor] * (1 if index is not None else items_at_once)
+                    elif actor in actors:  # once for all of its items
                         actors.remove(actor)
+                        idle = [other for other in idle if other is not actor]
                         if len(todo) > len(idle):
                             start_actor()
-                while idle and not todo:  # its resources are somebody's; should an item come back, one is started anew
-                    actor = idle.pop()
+                for actor in [actor for actor in set(idle) if not todo and idle.count(actor) == items_at_once]:
+                    # Its resources are somebody's; should an item come back, one is started anew.
+                    idle = [other for other in idle if other is not actor]
                     actors.remove(actor)
                     ray.kill(actor)
         finally:

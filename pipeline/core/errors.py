@@ -4,6 +4,7 @@ WinnowError            exit code 1   something went wrong in this run: a file, a
   ConfigError          exit code 2   the configuration or the command line is wrong: nothing was started
   ImageError           (a row)       an image that can't be used; `reason` is one of FAILURES
   StepError            exit code 1   a step failed; the message names its shards and their causes
+  NetworkDownError     exit code 1   a download in which nothing answers any more
 
 Both exit without a traceback. Any other exception is a bug of ours and shows its traceback.
 """
@@ -13,6 +14,39 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What a download can fail at; `retry: failed` fetches these again.
+DOWNLOAD_FAILURES = {
+    "bad_url": "the URL can't be parsed, or is of another scheme than http and https",
+    "address_refused": "the host is at an address that no public image is at (private, loopback, metadata, ...)",
+    "dns_failed": "the host's name does not exist",
+    "dns_unavailable": "the name servers did not answer",
+    "connect_failed": "the host refused the connection, or can't be reached",
+    "connect_timeout": "no connection within the deadline",
+    "tls_failed": "no trusted TLS connection: a bad certificate, or a failed handshake",
+    "first_byte_timeout": "connected, but nothing came within the deadline",
+    "total_timeout": "the response was not complete within the deadline",
+    "disconnected": "the host closed the connection without a whole response",
+    "truncated_body": "the body is shorter than the response said",
+    "bad_response": "not a valid HTTP response",
+    "headers_too_large": "the response's headers are above the cap",
+    "body_too_large": "the body is above the cap, as declared, received or decompressed",
+    "too_many_redirects": "more redirects than the cap",
+    "bad_redirect": "a redirect without a usable target",
+    "not_found": "HTTP 404 or 410",
+    "forbidden": "HTTP 401, 402, 403 or 451",
+    "rate_limited": "HTTP 429, or 503 with Retry-After, and no success within the retries",
+    "server_error": "HTTP 5xx, and no success within the retries",
+    "http_error": "another HTTP status than 200",
+    "host_down": "the host failed so often in a row that its other URLs were not asked for",
+    "opted_out": "the response's X-Robots-Tag forbids this use",
+    "robots_disallowed": "the host's robots.txt forbids this URL",
+    "not_an_image": "HTML, SVG or another document where an image was expected",
+    "too_many_frames": "the animation has more frames than the cap",
+    "checksum_mismatch": "the bytes are not those that the metadata's sha256 names",
+    "download_failed": "the download failed, as img2dataset says",
+    "excluded": "the config's exclude lists name it; it was not fetched",
+    "not_chosen": "the strategy in pool.only left it out; it was not fetched",
+}
 FAILURES = {
     "missing_image": "the sample has no image",
     "missing_caption": "the sample has no caption, or a blank one",
@@ -20,7 +54,6 @@ FAILURES = {
     "bad_metadata": "the sample's json can't be read, or a carried column has a value of another type",
     "bad_uid": "the uid column that the config names has no uid (32 hex digits) here",
     "bad_table": "the table that held the row, or a part of it, can't be read",
-    "download_failed": "the download failed, as the source's own parquet says",
     "undecodable": "the image does not decode",
     "unsupported_format": "the bytes are of no image format that is read here",
     "too_many_pixels": "the image is above the pixel cap",
@@ -29,7 +62,8 @@ FAILURES = {
     "truncated_tar": "the archive ends inside this sample or before it",
     "repeated_uid": "an earlier row of the pool has the same uid",
     "repeated_key": "an earlier sample of the archive has the same key",
-}
+    "missing_url": "the table has no URL here",
+} | DOWNLOAD_FAILURES
 
 
 class WinnowError(Exception):
@@ -46,6 +80,10 @@ class ConfigError(WinnowError):
 
 class StepError(WinnowError):
     """A step failed after its retries."""
+
+
+class NetworkDownError(WinnowError):
+    """Nothing answers any more: every further item would fail the same way, so its step stops."""
 
 
 class ImageError(WinnowError):

@@ -7,8 +7,11 @@ published benchmarks ignore it.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.core.errors import ImageError
@@ -29,6 +32,31 @@ EXTENSIONS = {
     "tiff": "tiff",
 }
 ORIENTATION_TAG = 0x0112
+_quiet_lock = threading.Lock()
+_quiet_count = 0
+_quiet_filters = None
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """A block without Python warnings, in any number of threads at once: Pillow warns of odd metadata.
+
+    `warnings.catch_warnings` alone, entered by several threads, restores the filters in the wrong order.
+    """
+    global _quiet_count, _quiet_filters
+    with _quiet_lock:
+        _quiet_count += 1
+        if _quiet_count == 1:
+            _quiet_filters = warnings.catch_warnings()
+            _quiet_filters.__enter__()
+            warnings.simplefilter("ignore")
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet_count -= 1
+            if _quiet_count == 0:
+                _quiet_filters.__exit__(None, None, None)
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -38,8 +66,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if not data:
         raise ImageError("undecodable", "no bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; size limits are ours, below
+        with no_warnings():  # size limits are ours, below
             image = Image.open(io.BytesIO(data), formats=list(FORMATS))
     except UnidentifiedImageError as error:
         raise ImageError("unsupported_format", f"{len(data)} bytes of no known image format") from error
@@ -65,8 +92,7 @@ def decode_rgb(data: bytes, apply_orientation: bool = True, max_pixels: int = MA
 
     image = open_image(data, max_pixels)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with no_warnings():
             image.load()
             if apply_orientation and image.getexif().get(ORIENTATION_TAG, 1) != 1:
                 image = ImageOps.exif_transpose(image)

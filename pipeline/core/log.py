@@ -23,6 +23,7 @@ from pipeline.core import storage
 
 logger = logging.getLogger("winnow")
 PLAIN_LINE_EVERY_S = 10.0
+NAMED_REASONS = 4  # of failures, in a live line
 
 
 def setup() -> None:
@@ -167,7 +168,9 @@ class Progress:
         if running.samples:
             parts.append(f"{short_count(running.samples / elapsed_s)} samples/s")
         if running.failed:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(running.failed.items()))
+            most = sorted(running.failed.items(), key=lambda entry: (-entry[1], entry[0]))
+            reasons = ", ".join(f"{count} {reason}" for reason, count in most[:NAMED_REASONS])
+            reasons += ", ..." if len(most) > NAMED_REASONS else ""
             parts.append(f"failed {sum(running.failed.values())} ({reasons})")
         if running.note:
             parts.append(running.note)

@@ -32,7 +32,7 @@ SCHEMA = pa.schema(
         ("ok", pa.bool_()),
         ("error", pa.string()),  # a key of errors.FAILURES, null when ok
         ("error_detail", pa.string()),
-        ("sha256", pa.string()),  # of the image's bytes
+        ("sha256", pa.string()),  # of the image's bytes as the source gave them
         ("width_px", pa.int32()),
         ("height_px", pa.int32()),
         ("original_width_px", pa.int32()),  # before any resize, where the source says so; else as stored

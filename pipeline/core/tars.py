@@ -70,6 +70,24 @@ def read_members(file: BinaryIO, end: TarEnd) -> Iterator[Member]:
             end.truncated = f"no end mark at byte {archive.offset}"
 
 
+def _header(name: str, size_bytes: int) -> bytes:
+    """The 512 bytes before a file's data, as tarfile makes them (ten times slower): ustar, mode 0444, all else 0."""
+    encoded = name.encode("ascii", "replace")
+    if len(encoded) > 100 or not name.isascii() or size_bytes >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size_bytes, 0o444
+        return info.tobuf(tarfile.USTAR_FORMAT)
+    size = b"%011o" % size_bytes
+    checksum = _HEADER_SUM + sum(encoded) + sum(size)
+    return b"".join((encoded.ljust(100, b"\0"), _MODE_TO_SIZE, size, _MTIME, b"%06o\0 0" % checksum, _AFTER_TYPE))
+
+
+_MODE_TO_SIZE = b"0000444\0" + b"0000000\0" * 2
+_MTIME = b"\0" + b"00000000000\0"
+_AFTER_TYPE = (b"\0" * 100 + b"ustar\x0000").ljust(355, b"\0")
+_HEADER_SUM = sum(_MODE_TO_SIZE + _MTIME + b" " * 8 + b"0" + _AFTER_TYPE)  # the checksum's own field counts as blanks
+
+
 class TarWriter:
     """Writes members in the order given, with no time, owner or name of a machine in them.
 
@@ -88,14 +106,8 @@ class TarWriter:
 
     def add(self, name: str, data: bytes) -> int:
         """The byte offset at which the member's data starts."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        info.mode = 0o444
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        offset_bytes = self.size_bytes
-        self._write(data)
-        if padding := -len(data) % BLOCK_BYTES:
-            self._write(b"\0" * padding)
+        offset_bytes = self.size_bytes + BLOCK_BYTES
+        self._write(b"".join((_header(name, len(data)), data, b"\0" * (-len(data) % BLOCK_BYTES))))
         return offset_bytes
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ Four steps, each plain functions that can run anywhere, in any order, and again:
     write_shard(shard, out_path)                            a task per shard
 
 uids are kept where the source gives them (the first of equal ones in the pool's order; the others are failed rows
-`repeated_uid`) and else derived from image and caption. Of equal pairs without given uids every one is kept: the
-first has the derived uid, the others numbered ones. So uids are unique, and no order of work can change them.
+`repeated_uid`) and else derived from the image (or the URL of one that is not there) and the caption. Of equal pairs
+without given uids every one is kept: the first has the derived uid, the others numbered ones. So uids are unique, and
+no order of work can change them.
 
 Cost: given uids: one pass over the bytes (two over tars); derived ones: two passes. plan_shards needs about 80 bytes
 a row; everything else one sample at a time, and a shard's rows without their images.
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,15 +28,15 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from pipeline.core import images, pool, storage, tars
+from pipeline.core import images, pool, storage
 from pipeline.core.errors import ImageError, WinnowError
-from stages.ingest import demo_world, image_folder, parquet_rows, sources, tar_samples
+from stages.ingest import demo_world, image_folder, parquet_rows, shard_writer, sources, tar_samples, url_table
 from stages.ingest.samples import CARRIED_TYPES, Sample, Unit, numbered_uid
-from stages.ingest.sources import DEMO
+from stages.ingest.shard_writer import ShardWriter
+from stages.ingest.sources import DEMO, URLS
 
-VERSION = 1  # bump when a pool's bytes change for the same source
+VERSION = 2  # bump when a pool's bytes change for the same source
 MAX_SHARDS = 100_000  # five digits
 MAX_DETAIL_CHARS = 300
 IDS_FOLDER = f"ids{storage.TEMPORARY_MARK}pool"  # by its mark no part of the finished artifact
@@ -64,6 +64,11 @@ class ShardPlan:
     spans: tuple[Span, ...]
     columns: Mapping[str, str]
 
+    @property
+    def is_table(self) -> bool:
+        """True when the rows are of tables of URLs: no source with images stands beside one."""
+        return self.spans[0].unit.settings.layout == URLS
+
 
 @dataclass(frozen=True)
 class PoolPlan:
@@ -78,10 +83,12 @@ def read_samples(unit: Unit, with_images: bool = True) -> Iterator[Sample]:
     """The unit's samples in order, the same ones every time.
 
     Args:
-        with_images: False may leave images out where that is cheaper.
+        with_images: False may leave images (and vectors) out where that is cheaper.
     """
     if unit.settings.layout == DEMO:
         return _demo_samples(unit, with_images)
+    if unit.settings.layout == URLS:
+        return url_table.read(unit, vectors=with_images)
     if unit.settings.layout == "parquet":
         return parquet_rows.read(unit, with_images)
     if unit.settings.layout == "folder":
@@ -95,7 +102,7 @@ def read_ids(unit: Unit, number: int, out_path: str) -> int:
     if storage.exists(path):
         return len(_load(path))
     ids = None
-    if unit.settings.layout in (DEMO, "parquet"):
+    if unit.settings.layout in (DEMO, "parquet", URLS):
         ids = _ids(read_samples(unit, with_images=False), derive=False)
     if ids is None:
         ids = _ids(read_samples(unit), derive=True)
@@ -141,46 +148,29 @@ def plan_shards(
 
 
 def write_shard(shard: ShardPlan, out_path: str) -> dict[str, Any]:
-    """{rows, ok_rows, failed: {reason: rows}, known: {file: {bytes, sha256}}}, once both files of the shard are there.
+    """{rows, ok_rows, failed: {reason: rows}, known: {file: {bytes, sha256}}}, once the shard's files are there.
 
     The same bytes for the same sources, whenever and wherever it runs; a finished shard is kept. Images are written
-    as they came; each is decoded once, to know that it can be.
+    as they came; each is decoded once, to know that it can be. Rows of a table of URLs have no image: no tar.
 
     Raises:
         WinnowError: a source has changed since its ids were read.
     """
-    tar_path = storage.join(out_path, f"{shard.name}.tar")
-    parquet_path = storage.join(out_path, f"{shard.name}.parquet")
-    if storage.exists(parquet_path):  # written after the tar
-        return _facts(pool.read_table(parquet_path, ["ok", "error"]), {})
-    schema = pool.SCHEMA
-    for column, kind in shard.columns.items():
-        schema = schema.append(pa.field(column, CARRIED_TYPES[kind]))
-    columns: dict[str, list] = {name: [] for name in schema.names}
+    done = shard_writer.finished(out_path, shard.name)
+    if done is not None:
+        return done
+    further = {column: CARRIED_TYPES[kind] for column, kind in shard.columns.items()}
     checker = _ImageCheck()
-    with storage.write_file(tar_path) as temporary, tars.TarWriter(temporary) as archive:
+    with ShardWriter(out_path, shard.name, further, has_tar=not shard.is_table) as writer:
         for number, (unit, sample, uid, repeated) in enumerate(_shard_samples(shard, out_path)):
-            key = f"{shard.name}{number:06d}"
             if repeated:
                 sample = sample.failed("repeated_uid", "an earlier row has this uid")
-            row = _row(unit, sample, uid, key, checker)
-            if row["ok"]:
-                assert sample.image is not None  # else the row has failed
-                assert sample.caption is not None
-                row["image_offset_bytes"] = archive.add(f"{key}.{row['image_format']}", sample.image)
-                row["image_size_bytes"] = len(sample.image)
-                archive.add(f"{key}.txt", sample.caption.encode())
-                archive.add(f"{key}.json", _json(row, shard.columns))
-            for name in columns:
-                columns[name].append(row.get(name))
-    table = pa.table(columns, schema=schema)
-    data = pool.table_bytes(table)
-    storage.write_bytes(parquet_path, data)
-    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return _facts(table, {f"{shard.name}.tar": archive.entry, f"{shard.name}.parquet": entry})
+            row = _row(unit, sample, uid, f"{shard.name}{number:06d}", checker)
+            writer.add(row, sample.image)
+    return writer.facts
 
 
-def pool_facts(plan: PoolPlan, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def pool_facts(source_rows: int, sampled_out_rows: int, shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """{source_rows, sampled_out_rows, rows, ok_rows, failed: {reason: rows}} of the pool from its shards' facts.
 
     Raises:
@@ -195,8 +185,8 @@ def pool_facts(plan: PoolPlan, shards: Sequence[Mapping[str, Any]]) -> dict[str,
         reasons = ", ".join(f"{count} {reason}" for reason, count in failed.most_common(3))
         raise WinnowError(f"pool: none of {rows} rows is usable ({reasons}), expected at least one")
     return {
-        "source_rows": plan.source_rows,
-        "sampled_out_rows": plan.sampled_out_rows,
+        "source_rows": source_rows,
+        "sampled_out_rows": sampled_out_rows,
         "rows": rows,
         "ok_rows": ok_rows,
         "failed": dict(sorted(failed.items())),
@@ -242,7 +232,8 @@ def _ids(samples: Iterator[Sample], derive: bool) -> np.ndarray | None:
         if sample.uid is not None:
             uid, state = sample.uid, GIVEN
         elif derive:
-            uid, state = pool.derived_uid(sample.image or b"", sample.caption or "", 0), DERIVED
+            what = sample.image if sample.image is not None else (sample.url or "").encode()
+            uid, state = pool.derived_uid(what, sample.caption or "", 0), DERIVED
         else:
             return None
         found.write(bytes.fromhex(uid) + bytes([state]))
@@ -356,7 +347,7 @@ def _row(unit: Unit, sample: Sample, uid: str, key: str, checker: _ImageCheck) -
         row |= columns
         if problem:
             sample = sample.failed(*problem)
-    elif not sample.error:
+    elif unit.settings.layout != URLS:
         sample = sample.failed("missing_image", "no image")
     row["original_width_px"] = sample.original_width_px or row.get("width_px")
     row["original_height_px"] = sample.original_height_px or row.get("height_px")
@@ -366,31 +357,6 @@ def _row(unit: Unit, sample: Sample, uid: str, key: str, checker: _ImageCheck) -
         detail = f"{where}: {sample.detail}" if where else sample.detail
         row["error_detail"] = " ".join(detail.encode("utf-8", "replace").decode().split())[:MAX_DETAIL_CHARS]
     return row
-
-
-def _json(row: Mapping[str, Any], carried: Mapping[str, str]) -> bytes:
-    """KEY.json, with the names that img2dataset uses."""
-    values = {
-        "uid": row["uid"],
-        "caption": row["caption"],
-        "key": row["key"],
-        "sha256": row["sha256"],
-        "width": row["width_px"],
-        "height": row["height_px"],
-        "original_width": row["original_width_px"],
-        "original_height": row["original_height_px"],
-        "url": row["url"],
-    }
-    for column in carried:
-        value = row.get(column)
-        values[column] = None if isinstance(value, float) and not math.isfinite(value) else value
-    return json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
-
-
-def _facts(table: pa.Table, known: Mapping[str, Any]) -> dict[str, Any]:
-    failed = Counter(table["error"].drop_null().to_pylist())
-    ok_rows = sum(table["ok"].to_pylist())
-    return {"rows": len(table), "ok_rows": ok_rows, "failed": dict(sorted(failed.items())), "known": dict(known)}
 
 
 def _ids_path(out_path: str, step: str, number: int) -> str:

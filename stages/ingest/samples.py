@@ -8,19 +8,24 @@ A reader never drops a sample: what is wrong with it is in `error`, a key of err
 
 from __future__ import annotations
 
+import ctypes
+import datetime
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.core import tars
 from pipeline.core.images import EXTENSIONS
 
 UID = re.compile(r"[0-9a-f]{32}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_IMAGE_BYTES = 256 << 20
 MAX_CAPTION_BYTES = 1 << 20
 # Formats that people have and that are not read here: their files become failed rows.
@@ -33,7 +38,10 @@ CARRIED_TYPES = {
     "float32": pa.float32(),
     "float64": pa.float64(),
     "bool": pa.bool_(),
+    "float16[]": pa.list_(pa.float16()),  # a vector: a numpy array in `carried`
 }
+EXPECTED_SHA256 = "expected_sha256"  # of the original bytes, as a table of URLs says
+FACE_BOXES = "face_bboxes"  # JSON text: [[x_min, y_min, x_max, y_max], ...]
 ORIGINAL_NAME = "original_name"  # a column that `carry` can always keep: the sample's name in its source
 
 
@@ -50,11 +58,14 @@ class Settings:
     caption_column: str | None = None
     uid_column: str | None = None
     carry: Mapping[str, str] = field(default_factory=dict)
+    url_column: str | None = None
+    sha256_column: str | None = None  # becomes the column EXPECTED_SHA256
+    face_boxes_column: str | None = None  # becomes the column FACE_BOXES
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads: a tar, row groups of a parquet file, a run of image files, or rows of the demo world.
+    """What one task reads: a tar, rows or row groups of a table, a run of image files, or rows of the demo world.
 
     `source` is the source's name and `place` the file or folder relative to the source, for messages. `path` is where
     it lies; start..stop are row groups or rows; `extra` is what only the layout's own reader knows.
@@ -86,7 +97,13 @@ class Sample:
 
     def failed(self, error: str, detail: str) -> Sample:
         """The sample with this failure, unless it has one already: the first is the cause of the others."""
-        return self if self.error else replace(self, error=error, detail=detail)
+        return self if self.error else self.having(error=error, detail=detail)
+
+    def having(self, **values: Any) -> Sample:
+        """The sample with these values: a quicker dataclasses.replace, as every row comes by here."""
+        changed = object.__new__(Sample)
+        changed.__dict__.update(self.__dict__, **values)
+        return changed
 
 
 class Watched:
@@ -109,6 +126,11 @@ class Watched:
         except Exception as error:
             self._error = error
             raise
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._file.seek(offset, whence)
@@ -152,7 +174,7 @@ def with_caption(sample: Sample, raw: Any) -> Sample:
         return sample.failed("bad_caption", f"not valid UTF-8 ({error.reason})")
     if not text.strip():
         return sample.failed("missing_caption", "a blank caption")
-    return replace(sample, caption=text)
+    return sample.having(caption=text)
 
 
 def with_captions(sample: Sample, raw: Any) -> Iterator[Sample]:
@@ -163,7 +185,7 @@ def with_captions(sample: Sample, raw: Any) -> Iterator[Sample]:
     captions = raw if isinstance(raw, list) else [raw]
     for position, caption in enumerate(captions or [None]):
         uid = sample.uid if position == 0 or sample.uid is None else numbered_uid(sample.uid, "caption", position)
-        yield with_caption(replace(sample, uid=uid), caption)
+        yield with_caption(sample if position == 0 else sample.having(uid=uid), caption)
 
 
 def numbered_uid(uid: str, what: str, number: int) -> str:
@@ -189,13 +211,24 @@ def with_metadata(sample: Sample, settings: Settings, values: Mapping[str, Any])
         value = sample.key if column == ORIGINAL_NAME and column not in values else _text(values.get(column))
         try:
             carried[column] = _converted(value, kind)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except (KeyError, TypeError, ValueError, OverflowError, FloatingPointError):
             carried[column] = None
             problem = problem or ("bad_metadata", f"{column} = {str(value)[:80]!r}, expected {kind}")
-    sample = replace(
-        sample,
+    if settings.sha256_column:
+        digest = _text(values.get(settings.sha256_column))
+        known = isinstance(digest, str) and SHA256.fullmatch(digest.lower())
+        carried[EXPECTED_SHA256] = digest.lower() if known else None
+    if settings.face_boxes_column:
+        boxes = _text(values.get(settings.face_boxes_column))
+        try:
+            carried[FACE_BOXES] = _boxes_text(boxes)
+        except (TypeError, ValueError, RecursionError):
+            carried[FACE_BOXES] = None
+            found = f"{settings.face_boxes_column} = {str(boxes)[:80]!r}"
+            problem = problem or ("bad_metadata", f"{found}, expected a list of boxes of four numbers")
+    sample = sample.having(
         uid=uid,
-        url=_clean(values.get("url")),
+        url=_clean(values.get(settings.url_column or "url")),
         original_width_px=_pixels(values.get("original_width")),
         original_height_px=_pixels(values.get("original_height")),
         carried=carried,
@@ -257,12 +290,45 @@ def _pixels(value: Any) -> int | None:
     return int(value) if isinstance(value, (int, float)) and 0 < value < 1 << 31 else None
 
 
+def _boxes_text(boxes: Any) -> str | None:
+    """The boxes as compact JSON. Raises where there are others: a face would stay visible."""
+    if isinstance(boxes, str):
+        boxes = json.loads(boxes) if boxes.strip() else None
+    if boxes is None:
+        return None
+    if boxes == []:
+        return "[]"  # as most images have no face
+    if not isinstance(boxes, list):
+        raise TypeError
+    found = []
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4:
+            raise TypeError
+        found.append([float(side) for side in box])
+        if not all(map(math.isfinite, found[-1])):
+            raise ValueError
+    return json.dumps(found, separators=(",", ":"))
+
+
+def _json_text(value: Any) -> str:
+    """What stands in JSON for a value that it has no type for."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return value.isoformat() if isinstance(value, (datetime.date, datetime.time)) else str(value)
+
+
 def _converted(value: Any, kind: str) -> Any:
     if value is None:
         return None
+    if kind == "float16[]":
+        vector = np.asarray(value)
+        if vector.ndim != 1 or vector.dtype.kind not in "fiu":
+            raise TypeError
+        with np.errstate(over="raise"):
+            return vector.astype(np.float16)
     if kind == "string":
         if not isinstance(value, str):
-            value = json.dumps(value, default=str)
+            value = json.dumps(value, default=_json_text)
         value.encode("utf-8")
     elif value == "":
         return None  # an empty field of a csv
@@ -274,6 +340,11 @@ def _converted(value: Any, kind: str) -> Any:
         if float(value) != int(value):
             raise ValueError
         value = int(value)
+        bits = 31 if kind == "int32" else 63
+        if not -(1 << bits) <= value < 1 << bits:
+            raise OverflowError
     else:
         value = float(value)
-    return pa.scalar(value, CARRIED_TYPES[kind]).as_py()
+        if kind == "float32":
+            value = ctypes.c_float(value).value
+    return value

@@ -5,9 +5,10 @@
     source: {web: /data/web/*.tar, shop: {path: /data/shop, captions: captions.csv}}      several, by name
 
 Layouts: `webdataset` (tars, with img2dataset's parquet beside where there is one), `parquet` (image bytes in a
-column), `folder` (image files), `clip_benchmark` (a task's folder, or one of its splits), `demo` (the embedded world).
-`auto` goes by what is there. In a CLIP_benchmark classification folder the caption of an image is its class's name in
-the first of the task's templates.
+column), `folder` (image files), `clip_benchmark` (a task's folder, or one of its splits), `demo` (the embedded world),
+`urls` (tables of URLs and captions: parquet, csv, tsv, json, jsonl; their images are downloaded). `auto` goes by what
+is there. In a CLIP_benchmark classification folder the caption of an image is its class's name in the first of the
+task's templates.
 """
 
 from __future__ import annotations
@@ -27,13 +28,24 @@ from pydantic import Field
 from pipeline.core import config, pool, storage
 from pipeline.core.artifact import canonical_json
 from pipeline.core.errors import ConfigError, suggestion
-from stages.ingest import demo_world, image_folder, parquet_rows, tar_samples
+from stages.ingest import demo_world, image_folder, parquet_rows, tar_samples, url_table
 from stages.ingest.image_folder import FileEntry
-from stages.ingest.samples import CARRIED_TYPES, IMAGE_EXTENSIONS, Settings, Unit, UnreadableError, extension, is_hidden
+from stages.ingest.samples import (
+    CARRIED_TYPES,
+    EXPECTED_SHA256,
+    FACE_BOXES,
+    IMAGE_EXTENSIONS,
+    Settings,
+    Unit,
+    UnreadableError,
+    extension,
+    is_hidden,
+)
 from stages.ingest.tar_samples import TarExtra
 
-Layout = Literal["auto", "webdataset", "parquet", "folder", "clip_benchmark", "demo"]
+Layout = Literal["auto", "webdataset", "parquet", "folder", "clip_benchmark", "demo", "urls"]
 DEMO = "demo"
+URLS = "urls"
 SINGLE = "source"  # the name of a source that the config gives none
 HASHED_BYTES = 1 << 30  # a source up to this size is identified by its bytes, a larger one by sizes and stamps
 TRUTH_COLUMNS = {
@@ -54,7 +66,9 @@ OPTIONS: dict[str, set[str]] = {
     "folder": {"image_column", "caption_column", "uid_column", "captions"},
     "clip_benchmark": set(),
     "demo": {"pairs", "seed", "clean"},
+    "urls": {"url_column", "caption_column", "uid_column", "sha256_column", "face_boxes_column"},
 }
+URL_OPTIONS = OPTIONS["urls"] - {"caption_column", "uid_column"}
 
 
 class Source(config.Model):
@@ -65,6 +79,9 @@ class Source(config.Model):
     image_column: str | None = None  # parquet: the image's bytes; folder with captions: the file's name
     caption_column: str | None = None
     uid_column: str | None = None
+    url_column: str | None = None
+    sha256_column: str | None = None  # of the original bytes; checked after the download
+    face_boxes_column: str | None = None  # boxes of faces to blur
     captions: str | None = None  # folder: a csv, tsv or jsonl, relative to the folder or absolute
     carry: dict[str, str] = Field({})  # further columns of the source that become columns of the pool, with types
     pairs: int | None = Field(None, ge=1)
@@ -97,6 +114,14 @@ def parse(value: Any, place: str) -> dict[str, Source]:
         _check_names(value, place)
         named = {SINGLE: _parse_one(value, place)}
     carried_columns(named, place)
+    kinds = {name: source.layout for name, source in named.items()}
+    others = [name for name, layout in kinds.items() if layout != URLS]
+    if others and len(others) < len(kinds):
+        downloaded = next(name for name, layout in kinds.items() if layout == URLS)
+        raise ConfigError(
+            f"{place}: a pool is either downloaded or read: {downloaded} is a table of URLs, {others[0]} has layout "
+            f"{kinds[others[0]]}; expected sources of one sort"
+        )
     return named
 
 
@@ -104,7 +129,7 @@ def carried_columns(sources: Mapping[str, Source], place: str = "pool.source") -
     """{column: type} that the pool has beyond pool.SCHEMA. Raises ConfigError where two sources disagree."""
     columns: dict[str, str] = {}
     for name, source in sources.items():
-        for column, kind in (TRUTH_COLUMNS if source.layout == DEMO else source.carry).items():
+        for column, kind in ((TRUTH_COLUMNS if source.layout == DEMO else source.carry) | _url_columns(source)).items():
             known = columns.setdefault(column, kind)
             if known != kind:
                 raise ConfigError(f"{place}.{name}.carry.{column} = {kind}, expected {known} as in another source")
@@ -125,7 +150,8 @@ def source_digest(source: Source) -> str:
     Up to HASHED_BYTES in total the files are read and hashed; above that their sizes and stamps (etag, or time of
     modification) stand for their bytes. Cost: at most 1 GiB read, one listing.
     """
-    options = source.model_dump(exclude={"path", "captions"})
+    idle = set() if source.layout == URLS else URL_OPTIONS
+    options = source.model_dump(exclude={"path", "captions"} | idle)
     if source.layout == DEMO:
         return _digest({"options": options, "version": demo_world.VERSION})
     found = find(source)
@@ -159,13 +185,15 @@ def find(source: Source, place: str = "source") -> Found:
             raise ConfigError(f"{place}.path = {path}, expected a pattern that matches files; it matches none")
     else:
         raise ConfigError(f"{place}.path = {path}, expected a file, a folder or a pattern; nothing is there")
-    layout = source.layout if source.layout != "auto" else _recognised(root, files, place, path)
+    layout = source.layout if source.layout != "auto" else _recognised(source, root, files, place)
     if layout == "webdataset":
         files = _with_tables(root, files)
     elif layout == "clip_benchmark":
         root, files = _split(root, files, place)
     elif layout == "parquet":
         files = {name: entry for name, entry in files.items() if extension(name) == "parquet"}
+    elif layout == URLS:
+        files = _url_tables(source, root, files, place)
     if layout == "parquet" and not files:
         raise ConfigError(f"{place}.path = {path}, expected files that end in .parquet")
     if layout in ("webdataset", "clip_benchmark") and not any(extension(name) == "tar" for name in files):
@@ -243,6 +271,8 @@ def _checked(source: Source, found: Found, place: str) -> Source:
                 update={"image_column": settings.image_column, "caption_column": settings.caption_column}
             )
         raise ConfigError(f"{place}.path = {source.path}, expected parquet files; none of them can be read as one")
+    if source.layout == URLS:
+        return _checked_urls(source, found, place)
     if source.layout == "folder":
         if source.captions:
             image_folder.read_table(_captions_path(source, found.root, place), _settings(source))
@@ -255,8 +285,43 @@ def _checked(source: Source, found: Found, place: str) -> Source:
     return source
 
 
+def _checked_urls(source: Source, found: Found, place: str) -> Source:
+    """The source with the columns of its first readable table."""
+    problem = ""
+    for name in _tables(found):
+        if found.files[name].unsafe:
+            problem = problem or f"{name} is {found.files[name].unsafe}"
+            continue
+        try:
+            settings = url_table.resolved(_settings(source), storage.join(found.root, name), f"{place} ({name})")
+        except UnreadableError as error:
+            problem = problem or f"{name}: {error}"
+            continue
+        columns = ("url_column", "caption_column", "sha256_column", "face_boxes_column")
+        source = source.model_copy(update={column: getattr(settings, column) for column in columns})
+        for column in sorted(set(source.carry) & set(_url_columns(source))):
+            raise ConfigError(f"{place}.carry.{column}: the pool has a column of this name already")
+        return source
+    raise ConfigError(f"{place}.path = {source.path}, expected tables of URLs; none can be read as one ({problem})")
+
+
+def _url_columns(source: Source) -> dict[str, str]:
+    """{column: type} that tables of URLs add to the pool beside what is carried."""
+    columns = {EXPECTED_SHA256: source.sha256_column, FACE_BOXES: source.face_boxes_column}
+    return {name: "string" for name, column in columns.items() if column is not None}
+
+
 def _settings(source: Source) -> Settings:
-    return Settings(source.layout, source.image_column, source.caption_column, source.uid_column, dict(source.carry))
+    return Settings(
+        source.layout,
+        source.image_column,
+        source.caption_column,
+        source.uid_column,
+        dict(source.carry),
+        source.url_column,
+        source.sha256_column,
+        source.face_boxes_column,
+    )
 
 
 def _units(name: str, source: Source, shard_size: int) -> list[Unit]:
@@ -271,13 +336,17 @@ def _units(name: str, source: Source, shard_size: int) -> list[Unit]:
         table = _captions_path(source, found.root) if source.captions else None
         return image_folder.units(name, settings, found.root, found.files, table, shard_size)
     units: list[Unit] = []
-    if source.layout == "parquet":
+    if source.layout in ("parquet", URLS):
 
         def of_file(file: str) -> list[Unit]:
-            return parquet_rows.units(name, settings, file, storage.join(found.root, file), shard_size)
+            path = storage.join(found.root, file)
+            if source.layout == URLS:
+                return url_table.units(name, settings, file, path, shard_size, found.files[file].unsafe)
+            return parquet_rows.units(name, settings, file, path, shard_size)
 
+        files = _tables(found) if source.layout == URLS else sorted(found.files)
         with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-            return [unit for found_units in threads.map(of_file, sorted(found.files)) for unit in found_units]
+            return [unit for found_units in threads.map(of_file, files) for unit in found_units]
     captions = _class_captions(found.root) if source.layout == "clip_benchmark" else None
     stems = {file.rpartition(".")[0] for file in found.files if extension(file) in ("tar", "parquet")}
     for stem in sorted(stems):
@@ -317,7 +386,7 @@ def _listing(root: str, recursive: bool = True) -> dict[str, FileEntry]:
 
 
 def _entry(path: str, real_root: str) -> FileEntry:
-    """The local file's entry. A link may lead to a tar or a parquet anywhere: Hugging Face's cache is made of them."""
+    """The local file's entry. A link may lead to a tar, parquet or npz anywhere, as in Hugging Face's cache."""
     try:
         status = os.stat(path)
     except OSError:
@@ -327,13 +396,13 @@ def _entry(path: str, real_root: str) -> FileEntry:
     if not stat.S_ISREG(status.st_mode):
         return FileEntry(0, "", "not a regular file")
     leaves = os.path.commonpath([real_root, os.path.realpath(path)]) != real_root
-    if leaves and extension(path) not in ("tar", "parquet"):
+    if leaves and extension(path) not in ("tar", "parquet", "npz"):
         return FileEntry(0, "", "a link that leads out of the source's folder")
     return FileEntry(status.st_size, str(status.st_mtime_ns))
 
 
 def _matches(pattern: str) -> tuple[str, dict[str, FileEntry]]:
-    """The pattern's fixed folder, and the files below it that match; with a tar its parquet, with an image its text."""
+    """The pattern's fixed folder, and the files below it that match; beside tars, images and parquet files theirs."""
     parts = pattern.split("/")
     fixed = next(index for index, part in enumerate(parts) if any(character in part for character in WILDCARDS))
     root = "/".join(parts[:fixed])
@@ -342,10 +411,11 @@ def _matches(pattern: str) -> tuple[str, dict[str, FileEntry]]:
     stems = {name.rpartition(".")[0] for name in matched if extension(name) in {"tar", *IMAGE_EXTENSIONS}}
     beside = ("parquet", "txt", "json")
     wanted = {name for name in files if name.rpartition(".")[0] in stems and extension(name) in beside} | matched
+    wanted |= {url_table.features_path(name) for name in matched if extension(name) == "parquet"}
     return root, {name: entry for name, entry in files.items() if name in wanted}
 
 
-def _recognised(root: str, files: Mapping[str, FileEntry], place: str, path: str) -> str:
+def _recognised(source: Source, root: str, files: Mapping[str, FileEntry], place: str) -> str:
     if TYPE_FILE in files or CLASSES_FILE in files or _task_folder(root, files):
         return "clip_benchmark"
     kinds = {extension(name) for name in files}
@@ -353,13 +423,51 @@ def _recognised(root: str, files: Mapping[str, FileEntry], place: str, path: str
     if "tar" in kinds and not images:
         return "webdataset"
     if "parquet" in kinds and not images:
-        return "parquet"
+        return URLS if _has_urls(source, root, files) else "parquet"
     if images and not kinds & {"tar", "parquet"}:
         return "folder"
+    if not images and any(map(url_table.kind_of, files)):
+        return URLS
     raise ConfigError(
-        f"{place}.path = {path}: the layout can't be recognised from {_kinds(files)}; expected tars, parquet files or "
-        "images: give `layout`, or a pattern such as *.tar"
+        f"{place}.path = {source.path}: the layout can't be recognised from {_kinds(files)}; expected tars, parquet "
+        "files, tables of URLs or images: give `layout`, or a pattern such as *.tar"
     )
+
+
+def _has_urls(source: Source, root: str, files: Mapping[str, FileEntry]) -> bool:
+    """True when the parquet files hold URLs and not images, as the config or the first readable one says."""
+    if source.url_column or source.image_column:
+        return source.image_column is None
+    for name in sorted(files):
+        if extension(name) == "parquet" and not files[name].unsafe:
+            try:
+                return url_table.has_urls(parquet_rows.schema_of(storage.join(root, name)))
+            except UnreadableError:
+                continue
+    return False
+
+
+def _url_tables(source: Source, root: str, files: Mapping[str, FileEntry], place: str) -> dict[str, FileEntry]:
+    """The tables of URLs, all of one kind, and the npz beside each where vectors are carried."""
+    tables = {name: entry for name, entry in files.items() if url_table.kind_of(name)}
+    kinds = sorted({f".{url_table.kind_of(name)}" for name in tables})
+    if len(kinds) != 1:
+        there = (
+            f"found {' and '.join(kinds)}: give a pattern such as *{kinds[0]}" if kinds else f"found {_kinds(files)}"
+        )
+        raise ConfigError(f"{place}.path = {source.path}, expected tables of one kind; {there}")
+    if kinds == [".parquet"] and url_table.VECTOR in source.carry.values():
+        for name in map(url_table.features_path, list(tables)):
+            path = storage.join(root, name)
+            if name in files:
+                tables[name] = files[name]
+            elif storage.exists(path):  # the source is one file
+                tables[name] = FileEntry(storage.size_bytes(path), storage.stamp(path))
+    return dict(sorted(tables.items()))
+
+
+def _tables(found: Found) -> list[str]:
+    return sorted(name for name in found.files if url_table.kind_of(name))
 
 
 def _task_folder(root: str, files: Mapping[str, FileEntry]) -> str | None:

@@ -9,7 +9,7 @@ and the columns of its `within` as often; then one pass over all columns that ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.core import pool, storage
 from pipeline.core.errors import WinnowError
 from pipeline.core.pool import Shard
 from stages.column_files import Column, file_path, open_columns
+from stages.exclusion import NOTHING, URL_COLUMNS, Exclusion
 from stages.selection import uids as uid_pairs
 from stages.selection.exact_cut import descending_keys, kth_smallest
 from stages.selection.strategies import (
@@ -48,14 +49,14 @@ def select(
     strategies: Mapping[str, Strategy],
     name: str,
     out_path: str,
-    exclude: Sequence[str] = (),
+    exclude: Exclusion = NOTHING,
 ) -> dict[str, Any]:
     """Facts of the selection; its files are there when this returns: per pool shard (row, multiplicity), and uids.npy.
 
     Args:
         columns: {name in the config: where it is stored} for the stages' columns that the strategy uses; the pool's own
             need no entry.
-        exclude: subset files of uids that count as if the pool did not have them.
+        exclude: rows that count as if the pool did not have them.
 
     Returns:
         {pool_rows, ok_rows, kept_rows, kept_samples, funnel: [{rule, rows_in, rows_kept}]}. The funnel starts with the
@@ -127,13 +128,13 @@ class _Evaluation:
         columns: Mapping[str, Column],
         strategies: Mapping[str, Strategy],
         name: str,
-        exclude: Sequence[str],
+        exclude: Exclusion,
     ):
         self.pool_path = pool_path
         self.columns = columns
         self.strategies = strategies
         self.shards = pool.load_shards(pool_path)
-        self.excluded = [_load_subset(path, "exclude").uids for path in exclude]
+        self.excluded = exclude.load() if exclude else None
         self.subsets: dict[str, _Subset] = {}
         self.cuts: dict[Rule, tuple[int, int, int]] = {}  # a row is in when (key, uid high, uid low) <= the cut
         for part in used_strategies(strategies, name):
@@ -205,8 +206,9 @@ class _ShardView:
         self._uids: np.ndarray | None = None
         self.ok = np.asarray(self.column("ok"))
         self.base = self.ok  # rows that can be chosen at all
-        for subset in evaluation.excluded:
-            self.base = self.base & (uid_pairs.count_in(self.uids, subset) == 0)
+        if evaluation.excluded:
+            urls = (self.column(name).to_pylist() for name in URL_COLUMNS if self._has(name))
+            self.base = self.base & ~evaluation.excluded.rows(self.uids, urls)
 
     @property
     def uids(self) -> np.ndarray:
@@ -227,6 +229,13 @@ class _ShardView:
                 raise WinnowError(f"{file_path(column.path, self.shard)}: no column {column.name}, expected it there")
             self._columns[name] = table[0].chunk(0) if table[0].num_chunks == 1 else table[0].combine_chunks()
         return self._columns[name]
+
+    def _has(self, name: str) -> bool:
+        """True when the pool itself has the column."""
+        path = self.evaluation.pool_path
+        if path not in self._files:
+            self._files[path] = self._open(path)
+        return name in self._files[path].schema_arrow.names
 
     def _open(self, path: str) -> pq.ParquetFile:
         if path != self.evaluation.pool_path:
