@@ -32,6 +32,7 @@ from training import ledger, recipe
 
 TRAIN_SHARD_SIZE = 10_000  # samples a tar of a train set
 KNOWN_BEFORE = ("uid", "caption", "source", "url", "original_width_px", "original_height_px")  # a download
+BEFORE_IMAGES = ("caption", "columns")  # what a stage may read there
 DOWNLOAD_TYPES = {
     column: name for column, kind in download.COLUMNS.items() for name, known in ARROW_TYPES.items() if known == kind
 }
@@ -159,9 +160,9 @@ def build(config: Config, place: str) -> Plan:
         if step_name in steps:
             return step_name
         stage = stages[alias]
-        if pool_step == "urls" and (stage.reads not in ("caption", "columns") or stage.uses_model):
+        if pool_step == "urls" and (stage.reads not in BEFORE_IMAGES or stage.uses_model or stage.whole_pool):
             raise ConfigError(
-                f"{place}: pool.only = {config.pool.only}: the stage {alias} needs images or a model, "
+                f"{place}: pool.only = {config.pool.only}: the stage {alias} needs images, a model or the whole pool, "
                 "expected only columns that are known before the download"
             )
         _enter(visiting, f"stages.{alias}", place)

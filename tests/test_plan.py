@@ -11,6 +11,7 @@ from pipeline import execute
 from pipeline import plan as planning
 from pipeline.core import config, storage
 from pipeline.core.errors import ConfigError, StepError
+from tests.download_fixture import write_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -66,6 +67,54 @@ def test_the_datacomp_configs_plan_with_data_in_place(tmp_path, scale):
     )  # fmt: skip
     assert plan.recipe.samples_seen == {"small": 12.8e6, "medium": 128e6, "large": 1.28e9, "xlarge": 12.8e9}[scale]
     assert plan.steps["clip"].values["fields"]["model"] == {"architecture": "ViT-L-14", "pretrained": "openai"}
+
+
+def test_a_table_of_urls_is_chosen_from_before_it_is_downloaded(tmp_path):
+    table = write_table(
+        tmp_path / "t.parquet", ["http://example.org/1.jpg"], original_width=[640], original_height=[480]
+    )
+    source = f"pool.source={table}"
+    plan = plan_of(tmp_path, source, "pool.only=basic", "strategies.oracle={}")
+    assert plan.steps["pool"].inputs == {"urls": "urls", "selection": "urls/selection"}
+    assert {"urls/image_stats", "urls/caption_stats", "urls/language"} < set(plan.steps)
+    assert "urls/clip" not in plan.steps
+    before = plan.steps["pool"].values
+    for changes_nothing in ("retries=9", "per_host_concurrency=1", "contact=mailto:a@b", "retry=failed"):
+        again = plan_of(tmp_path, source, "strategies.oracle={}", f"pool.download.{changes_nothing}")
+        assert again.steps["pool"].values == before
+    for changes_rows in ("image.size_px=256", "checksum=reject", "max_redirects=1", "engine=img2dataset"):
+        again = plan_of(tmp_path, source, "strategies.oracle={}", f"pool.download.{changes_rows}")
+        assert again.steps["pool"].values != before
+    excluding = plan_of(tmp_path, source, "strategies.oracle={}", "exclude.domains=[example.org]")
+    assert excluding.steps["pool"].values == before  # a takedown downloads nothing again
+    assert excluding.steps["basic_and_clip/selection"].values != plan.steps["basic_and_clip/selection"].values
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["pool.only=basic_and_clip"], "the stage clip needs images, a model or the whole pool"),
+        (
+            ["pool.only=small", "strategies.small={where: [http_status == 200]}"],
+            "uses http_status, expected only columns",
+        ),
+        (["pool.only=basics"], r"pool\.only = basics, expected a strategy\. Did you mean basic"),
+        (["pool.download.retrys=3"], r"pool\.download\.retrys is an unknown key\. Did you mean retry"),
+        (["pool.download.retry=[timeout]"], "pool.download.retry: timeout, expected failed or classes of failures"),
+        (["pool.download.image.resize=shrink"], r"pool\.download\.image\.resize = shrink, expected one of"),
+        (["exclude.uids=/nowhere.npy"], r"exclude\.uids = /nowhere\.npy, expected"),
+        (["exclude.domains=[http://a.org]"], r"exclude\.domains: 'http://a.org', expected a host's name"),
+        (
+            ["pool.source=demo", "pool.download.retries=3"],
+            "pool.download has no effect: the source is no table of URLs",
+        ),
+        (["pool.source=demo", "pool.only=basic"], "pool.only has no effect: the source is no table of URLs"),
+    ],
+)
+def test_what_cannot_be_downloaded_is_refused_in_one_line(tmp_path, overrides, message):
+    table = write_table(tmp_path / "t.parquet", ["http://example.org/1.jpg"])
+    with pytest.raises(ConfigError, match=message):
+        plan_of(tmp_path, f"pool.source={table}", "strategies.oracle={}", *overrides)
 
 
 def test_names_paths_and_placement_are_no_identity(tmp_path):

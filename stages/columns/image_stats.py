@@ -28,9 +28,13 @@ class ImageStats(Stage):
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
         sides = list(zip(batch.columns["original_width_px"], batch.columns["original_height_px"], strict=True))
+        known = [None not in pair for pair in sides]  # before a download: where the table says them
         return {
-            "min_side_px": [min(pair) for pair in sides],
-            "max_side_px": [max(pair) for pair in sides],
-            "aspect_ratio": [max(pair) / min(pair) if min(pair) else None for pair in sides],  # a source may claim 0
+            "min_side_px": [min(pair) if there else None for pair, there in zip(sides, known, strict=True)],
+            "max_side_px": [max(pair) if there else None for pair, there in zip(sides, known, strict=True)],
+            # A source may claim 0.
+            "aspect_ratio": [
+                max(pair) / min(pair) if there and min(pair) else None for pair, there in zip(sides, known, strict=True)
+            ],
             "image_bytes": batch.columns["image_size_bytes"],
         }
