@@ -61,19 +61,18 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
     """
     gif_frames = 1
     sure = sure_jpeg(data)
-    boxes = _usable_boxes(face_boxes) if recipe.blur_faces else []
-    if sure is not None:
-        size = (sure.width_px, sure.height_px)
-        may_keep = recipe.keep_original and not boxes and math.prod(size) <= min(MAX_PIXELS, recipe.max_pixels)
-        if may_keep and sure.is_bare and _target_sizes(size, recipe) == (size, size):
-            return Picture(data, "jpg", *size, *size, "{}")
-    elif data[:2] == b"\xff\xd8":
-        _guard_jpeg(data)
-    elif data[:4] == b"GIF8":
+    if data[:4] == b"GIF8":
         gif_frames = _gif_frames(data, recipe.max_frames)
+    elif data[:2] == b"\xff\xd8" and sure is None:
+        _guard_jpeg(data)
     elif data[:4] == b"\x89PNG":
         _guard_png(data)
     try:
+        boxes = _usable_boxes(face_boxes) if recipe.blur_faces else []
+        if recipe.keep_original and not boxes and sure is not None and sure.is_bare:  # Pillow has nothing to add
+            size = (sure.width_px, sure.height_px)
+            if math.prod(size) <= min(MAX_PIXELS, recipe.max_pixels) and _target_sizes(size, recipe) == (size, size):
+                return Picture(data, "jpg", *size, *size, "{}")
         with no_warnings():
             image = open_image(data, recipe.max_pixels)
             animated = gif_frames > 1 or _is_animated(image, recipe.max_frames)
@@ -92,9 +91,9 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
             kept = recipe.keep_original and not boxes and not turned and not animated and tags is not None
             kept = kept and size == resized == final and _is_plain(image, data) and math.prod(size) <= MAX_PIXELS
             exif = _exif_text(tags) if tags else "{}"
-            if kept and is_jpeg and sure is None:
+            if kept and is_jpeg:
                 image.draft(image.mode, (max(1, size[0] // 8), max(1, size[1] // 8)))
-            if not (kept and sure):
+            if not kept or sure is None:
                 image.load()
             rgb = None if kept else _rgb(image)
     except ImageError:
