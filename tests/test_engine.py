@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.config import Resources
 from pipeline.core.engine import Engine
-from pipeline.core.errors import StepError, WinnowError
+from pipeline.core.errors import NetworkDownError, StepError, WinnowError
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,24 @@ class Adder:
         return self.base + die_once(self.folder, number)
 
 
+class Juggler(Adder):
+    """Has several items in work at once; one of them kills it."""
+
+    def __init__(self, folder, base):
+        super().__init__(folder, base)
+        self.busy = self.most = 0
+
+    def process(self, number):
+        self.busy += 1
+        self.most = max(self.most, self.busy)
+        if number == 99:
+            raise NetworkDownError("nothing answers")
+        time.sleep(0.2)
+        done = super().process(number)
+        self.busy -= 1
+        return done, self.most
+
+
 def names(count):
     return [f"step/{index:05d}" for index in range(count)]
 
@@ -91,3 +109,27 @@ def test_actors_load_once_and_a_killed_one_is_replaced(engine, tmp_path):
 def test_a_worker_that_cannot_load_says_why(engine, tmp_path):
     with pytest.raises(StepError, match="a worker did not start: .*weights can't be loaded"):
         engine.map_on_actors(Adder, (str(tmp_path), None), [(1,)], names(1), Resources(workers=1))
+
+
+def test_an_actor_with_several_items_at_once_loses_only_those(engine, tmp_path):
+    items = [(n,) for n in range(9)]
+    counts = {}
+
+    def on_done(index, result):
+        counts[index] = counts.get(index, 0) + 1
+
+    done = engine.map_on_actors(
+        Juggler, (str(tmp_path), 10), items, names(9), Resources(workers=2, cpus=0.5), on_done, items_at_once=3
+    )
+    assert [value for value, _ in done] == [10 + n for n in range(9)]
+    assert max(most for _, most in done) == 3
+    assert counts == dict.fromkeys(range(9), 1)
+    assert len(list(tmp_path.glob("loaded-*"))) in (2, 3)  # one is replaced if the other can't take all at once
+
+
+def test_a_network_that_is_down_stops_the_whole_map(engine, tmp_path):
+    items = [(n,) for n in (0, 1, 99, *range(3, 60))]
+    started_s = time.monotonic()
+    with pytest.raises(NetworkDownError, match="nothing answers"):
+        engine.map_on_actors(Juggler, (str(tmp_path), 10), items, names(60), Resources(workers=1), items_at_once=3)
+    assert time.monotonic() - started_s < 30

@@ -177,12 +177,12 @@ class Engine:
             running[actor.ready.remote()] = (actor, None, 0)
 
         try:
-            for _ in range(min(most, -(-len(items) // items_at_once))):
-                start_actor()
             busy = 0
             while (todo or busy) and len(failures) < STOP_AFTER_FAILURES:
-                if todo and not actors:
+                starting = sum(index is None for _, index, _ in running.values())
+                while len(actors) < most and len(todo) > len(idle) + starting * items_at_once:
                     start_actor()
+                    starting += 1
                 while todo and idle:
                     index, attempt = todo.popleft()
                     actor = idle[-1] if items_at_once == 1 else max(idle, key=idle.count)  # the least busy one
@@ -218,8 +218,6 @@ class Engine:
                     elif actor in actors:  # once for all of its items
                         actors.remove(actor)
                         idle = [other for other in idle if other is not actor]
-                        if len(todo) > len(idle):
-                            start_actor()
                 for actor in [actor for actor in set(idle) if not todo and idle.count(actor) == items_at_once]:
                     # Its resources are somebody's; should an item come back, one is started anew.
                     idle = [other for other in idle if other is not actor]
