@@ -229,9 +229,11 @@ class Executor:
         out_path, record = _path(statuses, step.name), statuses[step.inputs["urls"]].record or {}
         artifact.reopen(out_path)  # where rows are fetched again, it is unfinished until all shards agree
         shards = pool.shards(record)
-        nodes = self.engine.cpus_of_nodes()
-        resources = self.plan.config.cluster.get("download") or Resources(cpus=max(1, int(nodes[0])))
-        resources = resources.model_copy(update={"workers": resources.workers or len(nodes)})
+        nodes = self.engine.cpus_of_nodes() or [1]  # a cluster may start from nothing
+        resources = self._resources(step)
+        workers = min(resources.workers or len(nodes), -(-len(shards) // download.SHARDS_AT_ONCE))
+        cpus = resources.cpus if "cpus" in resources.model_fields_set else max(1, int(nodes[0]))
+        resources = resources.model_copy(update={"workers": max(1, workers), "cpus": cpus})
         job = download.DownloadJob(
             _path(statuses, step.inputs["urls"]),
             out_path,

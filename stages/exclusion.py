@@ -8,6 +8,7 @@ later artifact without anything being downloaded again.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def parse(uids: str | Sequence[str], domains: str | Sequence[str], place: str) -
         if not domain or any(character in domain for character in "/:@ *?"):
             raise ConfigError(f"{place}.domains: {domain!r}, expected a host's name such as example.org")
     exclusion = Exclusion(
-        tuple(storage.absolute(path) for path in paths), frozenset(domain.lower().strip(".") for domain in domains)
+        tuple(storage.absolute(path) for path in paths), frozenset(_ascii_host(domain) for domain in domains)
     )
     for path in exclusion.uid_paths:
         try:
@@ -104,11 +105,19 @@ def parse(uids: str | Sequence[str], domains: str | Sequence[str], place: str) -
 
 
 def host_of(url: str | None) -> str:
-    """The host of a URL in lower case, "" where there is none."""
+    """The host of a URL in lower case, as name servers know it (punycode); "" where there is none."""
     try:
-        return (urlsplit(url or "").hostname or "").rstrip(".")
+        return _ascii_host(urlsplit((url or "").strip()).hostname or "")
     except ValueError:
         return ""
+
+
+def _ascii_host(host: str) -> str:
+    host = host.lower().strip(".")
+    if not host.isascii():
+        with contextlib.suppress(UnicodeError):
+            return host.encode("idna").decode().strip(".")
+    return host
 
 
 def _digest(path: str) -> str:

@@ -521,6 +521,12 @@ async def invalid_status_line(request):
     await request.send(b"HTTP/1.1 abc WAT\r\nContent-Length: 3\r\n\r\nabc")
 
 
+@fault("bad_response ok")
+async def header_that_is_no_text(request):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: \xe9t\xe9\r\n\r\n"
+    await request.send(head + request.image_bytes)
+
+
 @fault("bad_response")
 async def http_0_9(request):
     await request.send(request.image_bytes)

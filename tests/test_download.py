@@ -17,6 +17,7 @@ from pipeline.core import storage
 from pipeline.core.errors import DOWNLOAD_FAILURES, ConfigError, NetworkDownError
 from stages import exclusion
 from stages.ingest import shard_writer
+from stages.ingest.fetch import fetcher
 from tests.download_faults import FAULTS
 from tests.download_fixture import download, files, rows, uid_of, write_table, write_urls
 from tests.image_server import ImageServer
@@ -286,6 +287,54 @@ def test_both_engines_make_the_same_shard(server, tmp_path):
         assert stats[0][name] == stats[1][name]
 
 
+def test_what_stays_dead_can_be_fetched_again_and_ends(server, tmp_path):
+    dead = [f"http://127.0.0.{2 + number % 7}:9/{number}.jpg" for number in range(40)]
+    alive = [server.url(f"/img/{number}.jpg", server.hosts[number % 7]) for number in range(60)]
+    made = write_urls(tmp_path, {"path": write_table(tmp_path / "t.parquet", alive + dead)}, shard_size=60)
+    once = {"image": PIXELS, "retries": 0}
+    facts = download(made, tmp_path / "pool", once)  # the second shard is dead to the last row, the first was not
+    assert [shard["ok_rows"] for shard in facts] == [60, 0]
+    before = files(tmp_path / "pool")
+    download(made, tmp_path / "pool", once | {"retry": ["connect_failed", "host_down"]})
+    assert files(tmp_path / "pool") == before
+
+
+def test_a_slow_host_keeps_no_other_row_waiting(server, tmp_path):
+    slow = [server.url(f"/fault/slow_but_whole.jpg?{number}") for number in range(30)]
+    quick = [server.url(f"/img/{number}.jpg", server.hosts[1 + number % 6]) for number in range(60)]
+    made = write_urls(tmp_path, {"path": write_table(tmp_path / "t.parquet", slow + quick)})
+    asked = []
+
+    class Watched(fetcher.Fetcher):
+        async def fetch(self, url):
+            found = await super().fetch(url)
+            asked.append(url)
+            return found
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(fetcher, "Fetcher", Watched)
+    try:
+        download(made, tmp_path / "pool", {"concurrency": 4, "per_host_concurrency": 2, "image": PIXELS})
+    finally:
+        patch.undo()
+    last_quick = max(place for place, url in enumerate(asked) if "/img/" in url)
+    assert sum("slow" in url for url in asked[last_quick:]) >= 15  # most of them ended after all of the others
+
+
+def test_domains_are_excluded_however_they_are_written():
+    excluded = exclusion.parse([], ["m\u00fcnchen.de", "Example.org."], "exclude").load()
+    for host, found in [
+        ("http://xn--mnchen-3ya.de/a.jpg", True),
+        ("http://bilder.m\u00fcnchen.de/a.jpg", True),
+        ("http://\uff45xample.org/", True),
+        ("https://EXAMPLE.ORG:8080/a", True),
+        ("http://example.org.evil.net/", False),
+        ("http://notexample.org/", False),
+        ("no url", False),
+    ]:
+        assert excluded.host(exclusion.host_of(host)) == found, host
+
+
 def test_settings_without_effect_are_errors():
     from pipeline.core.config import validate
     from stages.ingest.fetch.settings import DownloadSettings
@@ -296,6 +345,8 @@ def test_settings_without_effect_are_errors():
         ({"image": {"format": "png", "quality": 90}}, "quality has no effect with format png"),
         ({"allow_addresses": ["nonsense"]}, "nonsense"),
         ({"image": {"resize": "keep_ration"}}, "keep_ration"),
+        ({"retry": "connect_failed"}, r"'connect_failed', expected failed, or a list of classes: \[connect_failed\]"),
+        ({"contact": "a\nb"}, r"contact = 'a\\nb', expected up to 200 printable"),
     ]:
         with pytest.raises(ConfigError, match=message):
             validate(DownloadSettings, values, "pool.download")

@@ -18,6 +18,7 @@ import zlib
 import pytest
 
 from pipeline.core.errors import DOWNLOAD_FAILURES
+from stages.ingest.fetch import transport as transport_module
 from stages.ingest.fetch.addresses import FetchError, checked_url, literal_address, redacted, refusal
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.ingest.fetch.transport import Transport
@@ -758,3 +759,47 @@ def test_a_fetch_error_survives_pickling():
         404,
         "not_found: HTTP 404",
     )
+
+
+def test_only_a_few_bodies_grow_big_at_once(monkeypatch):
+    monkeypatch.setattr(transport_module, "BIG_BODY_BYTES", 100_000)
+    monkeypatch.setattr(transport_module, "MAX_BIG_BODIES", 2)
+    big = bytes(range(256)) * 4096  # 1 MiB
+    seen = []
+
+    def answer(connection, request):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(big))
+        if b"/stalls" in request:
+            connection.sendall(big[:200_000])
+            time.sleep(2)
+            return None
+        return big
+
+    async def use(transport):
+        async def watch():
+            while True:
+                held = [exchange._num_bytes for exchange in transport._running]
+                seen.append((len(transport._big._growing), sum(size > 100_000 for size in held)))
+                await asyncio.sleep(0.002)
+
+        watching = asyncio.ensure_future(watch())
+        stalling = [asyncio.ensure_future(transport.get(f"{server.url}/stalls{i}", accept, 1.0)) for i in range(2)]
+        await asyncio.sleep(0.2)  # both hold a place now, until their deadline
+        waiting = [asyncio.ensure_future(transport.get(f"{server.url}/{i}", accept, 10)) for i in range(12)]
+        given_up = asyncio.ensure_future(transport.get(f"{server.url}/late", accept, 0.4))
+        replies = await asyncio.gather(*stalling, *waiting, given_up, return_exceptions=True)
+        watching.cancel()
+        assert not transport._big._growing and not transport._big._paused
+        return replies
+
+    with Server(answer) as server:
+        replies = run(use)
+    assert [reply.error for reply in (*replies[:2], replies[-1])] == ["total_timeout"] * 3
+    assert [reply.body for reply in replies[2:-1]] == [big] * 12
+    assert max(growing for growing, _ in seen) == 2 == max(large for _, large in seen)
+
+
+def test_what_a_server_writes_is_text_in_records():
+    text = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: \xe9t\xe9\r\n\r\nx"
+    with Server(closing(text)) as server:
+        failure(server.url + "/a").detail.encode("utf-8")

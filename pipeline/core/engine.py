@@ -50,7 +50,7 @@ class Engine:
         ray.init(**options)
         signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own there, with an exit code of its own
         self._cancelled = threading.Event()
-        self._board = ray.remote(num_cpus=0)(_Board).remote()
+        self._board = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
 
     def check_fits(self, resources: Resources, place: str) -> None:
         """None. Raises ConfigError when no machine of a local Ray can hold one worker; a cluster may yet grow."""
@@ -218,6 +218,7 @@ class Engine:
                     elif actor in actors:  # once for all of its items
                         actors.remove(actor)
                         idle = [other for other in idle if other is not actor]
+                        ray.kill(actor)  # it may be alive, and only out of reach
                 for actor in [actor for actor in set(idle) if not todo and idle.count(actor) == items_at_once]:
                     # Its resources are somebody's; should an item come back, one is started anew.
                     idle = [other for other in idle if other is not actor]

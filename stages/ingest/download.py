@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.core import pool, storage
 from pipeline.core.errors import DOWNLOAD_FAILURES, ImageError, NetworkDownError
@@ -40,8 +41,9 @@ from stages.selection import uids as uid_pairs
 
 VERSION = 1  # bump when a shard's bytes change for the same responses
 SHARDS_AT_ONCE = 3  # a worker's: the slow last rows of one do not leave it idle
-ROWS_IN_FLIGHT_PER_REQUEST = 8  # rows that wait for their host's turn must not keep others from theirs
+ROWS_IN_FLIGHT_PER_REQUEST = 8  # of a shard: rows that wait for their host's turn must not keep others from theirs
 BODIES_PER_THREAD = 16  # fetched and not yet decoded; above that no further request starts
+QUEUED_BYTES = 256 << 20  # of such bodies; the same
 REPORT_EVERY_S = 1.0
 NAMED_HOSTS = 20
 # Columns of a downloaded pool beyond those of every pool: img2dataset's by its names, then ours.
@@ -119,6 +121,7 @@ class DownloadWorker:
     def __init__(self, job: DownloadJob, threads: int, report: Callable[[str, dict[str, Any]], None] | None = None):
         self.job = job
         self.excluded = job.exclude.load()
+        self.came = False
         self.counts = _Counts(report)
         if job.settings.engine == "img2dataset":
             from stages.ingest.img2dataset_engine import Img2datasetEngine
@@ -152,15 +155,29 @@ class DownloadWorker:
         spool = Spool(out_path)
         try:
             wanted = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
-            results = dict(zip((row["index"] for row in wanted), self.engine.results(wanted, spool), strict=True))
+            # What failed before and fails again says nothing about the network, nor does what is left of a table.
+            watched = old is None and not self._anything_came()
+            found = self.engine.results(wanted, spool, watched)
+            results = dict(zip((row["index"] for row in wanted), found, strict=True))
             if old is not None and not any(result.values.get("ok") for result in results.values()):
                 # Not one came: the shard stays as it was, byte for byte.
                 return self._facts(shard, done, shard.rows - len(wanted))
+            storage.delete(storage.join(out_path, f"{shard.name}_stats.json"))  # of the shard as it was
             done = self._write(shard, rows, reasons, results, spool, old)
         finally:
             spool.close()
+            self.counts.flush()
         self._write_stats(shard, started_s)
         return self._facts(shard, done, shard.rows - len(wanted))
+
+    def _anything_came(self) -> bool:
+        """Whether a finished shard has an image: then a shard in which nothing answers is no sign of a dead network."""
+        if not self.came:
+            for name in storage.list_files(self.job.out_path):
+                if name.endswith(".parquet") and not self.came:
+                    table = pool.read_table(storage.join(self.job.out_path, name), ["ok"])
+                    self.came = bool(pc.any(table["ok"]).as_py())
+        return self.came
 
     def _reasons(
         self, shard: Shard, table: pa.Table, rows: Sequence[dict], old: pa.Table | None, retry: set[str]
@@ -266,21 +283,30 @@ class _WinnowEngine:
         self.count = count
         self.pictures = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="picture")
         self.most_bodies = BODIES_PER_THREAD * threads
-        self.bodies = 0  # fetched, and not yet through
+        self.bodies = self.queued_bytes = 0  # fetched, and not yet through
         self.lock = threading.Lock()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="fetch", daemon=True)
         self.thread.start()
         self._on_loop(self._start(job, excluded_host))
 
-    def results(self, rows: Sequence[Mapping[str, Any]], spool: Spool) -> list[Result]:
-        """The result of every row, in the rows' order. Raises NetworkDownError."""
-        results = []
-        for result, kept in self._on_loop(self._results(rows, spool)):
+    def results(self, rows: Sequence[Mapping[str, Any]], spool: Spool, watched: bool) -> list[Result]:
+        """The result of every row, in the rows' order.
+
+        Args:
+            watched: stop also when not one of a shard's few rows is answered.
+
+        Raises:
+            NetworkDownError: hardly anything is answered any more.
+        """
+        order = _by_turns([host_of(row["url"]) for row in rows])
+        results: list[Result | None] = [None] * len(rows)
+        found = self._on_loop(self._results([rows[place] for place in order], spool, watched))
+        for place, (result, kept) in zip(order, found, strict=True):
             if kept is not None:
                 kept.result()
-            results.append(result)
-        return results
+            results[place] = result
+        return results  # type: ignore[return-value]  # every place was in the order
 
     def close(self) -> None:
         """None; the event loop and the threads end."""
@@ -297,22 +323,23 @@ class _WinnowEngine:
         from stages.ingest.fetch.fetcher import Fetcher
 
         self.fetcher = Fetcher(job.settings, job.num_workers, excluded_host)
-        self.room = asyncio.Semaphore(ROWS_IN_FLIGHT_PER_REQUEST * job.settings.concurrency)
 
     async def _results(
-        self, rows: Sequence[Mapping[str, Any]], spool: Spool
+        self, rows: Sequence[Mapping[str, Any]], spool: Spool, watched: bool
     ) -> list[tuple[Result, concurrent.futures.Future | None]]:
         tasks: list[asyncio.Task] = []
+        room = asyncio.Semaphore(ROWS_IN_FLIGHT_PER_REQUEST * self.settings.concurrency)
         try:
             for row in rows:
-                await self.room.acquire()
-                if self.fetcher.collapse:
+                await room.acquire()
+                if self.fetcher.collapse and self.settings.retry is None:
                     break
                 task = self.loop.create_task(self._result(row, spool))
-                task.add_done_callback(lambda _: self.room.release())
+                task.add_done_callback(lambda _: room.release())
                 tasks.append(task)
             results = [await task for task in tasks]
-            if cause := self.fetcher.collapse_at_end():
+            cause = self.fetcher.collapse_at_end() if watched else self.fetcher.collapse
+            if cause and self.settings.retry is None:
                 raise NetworkDownError(f"download stopped: {cause}")
             return results
         finally:
@@ -337,7 +364,8 @@ class _WinnowEngine:
             return result, None
         with self.lock:
             self.bodies += 1
-            if self.bodies >= self.most_bodies:
+            self.queued_bytes += fetched.body_bytes
+            if self.bodies >= self.most_bodies or self.queued_bytes >= QUEUED_BYTES:
                 self.fetcher.gate.clear()
         return result, self.pictures.submit(self._complete, row, fetched.body, result, spool)
 
@@ -349,8 +377,17 @@ class _WinnowEngine:
         finally:
             with self.lock:
                 self.bodies -= 1
-                if self.bodies == self.most_bodies // 2:
-                    self.loop.call_soon_threadsafe(self.fetcher.gate.set)
+                self.queued_bytes -= len(body)
+                if not self.fetcher.gate.is_set() and self._has_room():
+                    self.loop.call_soon_threadsafe(self._open_gate)
+
+    def _has_room(self) -> bool:
+        return self.bodies <= self.most_bodies // 2 and self.queued_bytes <= QUEUED_BYTES // 2
+
+    def _open_gate(self) -> None:
+        with self.lock:
+            if self._has_room():
+                self.fetcher.gate.set()
 
     def _keep(self, row: Mapping[str, Any], body: bytes, result: Result, spool: Spool) -> None:
         from stages.ingest.fetch.picture import stored_picture
@@ -368,7 +405,8 @@ class _WinnowEngine:
         try:
             picture = stored_picture(body, self.settings.image, boxes)
         except ImageError as error:
-            values |= {"ok": False, "error": error.reason, "error_detail": error.detail[:300]}
+            detail = error.detail[:300].encode("utf-8", "replace").decode()
+            values |= {"ok": False, "error": error.reason, "error_detail": detail}
             return
         values |= {
             "width_px": picture.width_px,
@@ -427,11 +465,18 @@ class _Counts:
                 self._values["ok_rows"] += 1
             else:
                 self._failed[result.values["error"]] += 1
-            now_s = time.monotonic()
-            if self._report is None or now_s - self._last_s < REPORT_EVERY_S:
-                return
-            self._last_s = now_s
-            values = {**self._values, "failed": dict(self._failed), "seconds": now_s - self._started_s}
+            due = time.monotonic() - self._last_s >= REPORT_EVERY_S
+        if due:
+            self.flush()
+
+    def flush(self) -> None:
+        """None; posts what there is."""
+        if self._report is None:
+            return
+        with self._lock:
+            self._last_s = time.monotonic()
+            seconds = max(self._last_s - self._started_s, 1e-3)
+            values = {**self._values, "failed": dict(self._failed), "seconds": seconds}
         self._report(self._worker, values)
 
 
@@ -464,6 +509,17 @@ def worst_hosts(shards: Iterable[Mapping[str, Mapping[str, int]]]) -> list[dict[
     return [
         {"host": host, "failed": sum(found.values()), "reasons": dict(sorted(found.items()))} for host, found in worst
     ]
+
+
+def _by_turns(hosts: Sequence[str]) -> list[int]:
+    """The places of rows in the order to ask in: every host's first, every host's second, ... So rows of one slow host
+    do not stand before those of many others."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for place, host in enumerate(hosts):
+        turns.append((seen[host], place))
+        seen[host] += 1
+    return [place for _, place in sorted(turns)]
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:

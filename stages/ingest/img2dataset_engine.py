@@ -57,8 +57,11 @@ class Img2datasetEngine:
         self.threads = threads
         self.count = count
 
-    def results(self, rows: Sequence[Mapping[str, Any]], spool: Any) -> list[Any]:
+    def results(self, rows: Sequence[Mapping[str, Any]], spool: Any, watched: bool) -> list[Any]:
         """The result of every row, in the rows' order.
+
+        Args:
+            watched: stop when not one of them is answered.
 
         Raises:
             WinnowError: img2dataset gave up.
@@ -66,6 +69,8 @@ class Img2datasetEngine:
         """
         from stages.ingest.download import Result
 
+        if not rows:
+            return []
         found: dict[int, Result] = {}
         with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
             for values, image in self._run(rows, folder):
@@ -79,7 +84,7 @@ class Img2datasetEngine:
         lost = {"ok": False, "error": "download_failed", "error_detail": "img2dataset wrote no row", "attempts": None}
         results = [found.get(place) or Result(dict(lost)) for place in range(len(rows))]
         hosts = {host_of(row["url"]) for row in rows}
-        if len(rows) >= DOWN_URLS and len(hosts) >= DOWN_HOSTS:
+        if watched and len(rows) >= DOWN_URLS and len(hosts) >= DOWN_HOSTS:
             errors = [result.values["error"] for result in results]
             if all(error in UNANSWERED for error in errors):
                 most = max(set(errors), key=errors.count)

@@ -232,7 +232,7 @@ class Fetcher:
             body = await self._with_retries(row, url)
         except FetchError as failure:
             error = failure.error
-            detail = redacted(failure.detail)[:MAX_DETAIL_CHARS]
+            detail = redacted(failure.detail)[:MAX_DETAIL_CHARS].encode("utf-8", "replace").decode()
         with self._lock:
             if body is not None:
                 self._fetched += 1

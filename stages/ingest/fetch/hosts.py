@@ -19,7 +19,8 @@ MAX_HOSTS = 50_000  # remembered a node; beyond, those that were idle longest ar
 FAILURES_UNTIL_DOWN = 10  # in a row, with no response between
 PROBE_EVERY_S = 60.0  # a host that is down is asked once in this time
 DNS_FAILED_FOR_S = 300.0  # a name that does not exist is not looked up again for this long
-MAX_PAUSE_S = 60.0  # that rows wait for a host that limits rates, summed until it lets one through; else they fail
+MAX_PAUSE_S = 60.0  # that rows wait for a host that limits rates, in total; else they fail
+FORGIVEN_S = 1.0  # of these, by every response: a host that pauses for minutes to give one image would hold a shard
 MAX_REFUSAL_S = 365 * 86_400.0  # what a Retry-After can ask for
 
 
@@ -50,7 +51,7 @@ class Host:
         self.timer: asyncio.TimerHandle | None = None
         self.allowed_at_s = 0.0  # when the next request would start at a steady rate (GCRA's theoretical arrival time)
         self.paused_until_s = 0.0
-        self.paused_s = 0.0  # in total since it let a request through
+        self.paused_s = 0.0  # in total, less what its responses have earned
         self.refused_until_s = 0.0
         self.refusal = ("", "")  # the error and detail of rows that come before then
         self.failures = 0  # in a row
@@ -133,9 +134,9 @@ class Hosts:
             self._hand_out()
 
     def answered(self, host: Host) -> None:
-        """The host sent a response that asks for no pause: it is not down, and lets requests through again."""
+        """The host sent a response that asks for no pause: it is not down, and earns some patience."""
         host.failures = 0
-        host.paused_s = 0.0
+        host.paused_s = max(0.0, host.paused_s - FORGIVEN_S)
 
     def failed(self, host: Host, reason: str) -> None:
         """The host sent no (whole) response; after so many in a row it is down, and its waiting rows fail."""

@@ -74,7 +74,7 @@ class DownloadSettings(Model):
     checksum: Literal["reject", "flag", "accept"] = "flag"  # original bytes against the source's sha256_column
     obey_x_robots_tag: bool = True
     obey_robots_txt: bool = False
-    contact: str | None = Field(None, pattern=r"^[\x21-\x7e][\x20-\x7e]{0,199}$")  # in the User-Agent
+    contact: str | None = None  # in the User-Agent
     proxies: Literal["none", "environment"] = "none"
     concurrency: int = Field(256, ge=1, le=10_000)  # requests in flight a node
     per_host_concurrency: int = Field(16, ge=1)
@@ -87,7 +87,7 @@ class DownloadSettings(Model):
     max_header_bytes: int = Field(64 << 10, ge=1 << 10)  # of one response, all lines
     max_body_bytes: int = Field(64 << 20, ge=1)  # after decompression
     allow_addresses: list[str] = []  # networks that are fetched from although they are private: tests, an intranet
-    retry: Literal["failed"] | list[str] | None = None  # of a pool that is there: failed rows again, or these classes
+    retry: str | list[str] | None = None  # of a pool that is there: failed rows again, or these classes
 
     @model_validator(mode="after")
     def _no_idle_option(self) -> DownloadSettings:
@@ -104,6 +104,20 @@ class DownloadSettings(Model):
         for value in values:
             ipaddress.ip_network(value)  # its ValueError names the value
         return values
+
+    @field_validator("contact")
+    @classmethod
+    def _one_line(cls, value: str | None) -> str | None:
+        if value is not None and not (0 < len(value) <= 200 and value.isascii() and value.isprintable()):
+            raise ValueError(f"contact = {value!r}, expected up to 200 printable ASCII characters")
+        return value
+
+    @field_validator("retry")
+    @classmethod
+    def _failed_or_classes(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(value, str) and value != "failed":
+            raise ValueError(f"{value!r}, expected failed, or a list of classes: [{value}]")
+        return value
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide what a row becomes once its server answers."""

@@ -9,6 +9,7 @@ check of a name, only of the sockaddr of each connect. A reused connection was j
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import math
@@ -16,6 +17,7 @@ import re
 import selectors
 import socket
 import urllib.request
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ Check = Callable[[int, Headers], Callable[[bytes], None] | None]
 DNS_CACHE_S = 300.0
 MAX_NAMES = 16_384  # in the DNS cache
 MAX_RESOLVERS = 256  # threads
+BIG_BODY_BYTES = 4 << 20  # of a body that may only grow further when few others do
+MAX_BIG_BODIES = 16  # that grow at once: what all bodies under way can hold is bounded, not only what each can
 DRAIN_BYTES = 16 << 10  # of a body that nobody wants, read so that its connection can be used again
 DRAIN_S = 1.0
 CONNECT_POLL_S = 0.25
@@ -100,6 +104,7 @@ class Transport:
         self._names = _Names(self._loop, min(settings.concurrency, MAX_RESOLVERS))
         self._idle: list[_Exchange] = []
         self._running: set[_Exchange] = set()
+        self._big = _BigBodies()
         # Sockets are watched by a selector of ours, itself one descriptor of the loop: libcurl adds and removes each at
         # every request, which costs 60 us with the loop's add_reader.
         self._selector = selectors.DefaultSelector()
@@ -145,7 +150,9 @@ class Transport:
         left_s = deadline_s - self._loop.time()
         if left_s <= 0:
             raise FetchError("total_timeout", f"nothing was asked within {timeout_s:g} s")
-        exchange = self._idle.pop() if self._idle else _Exchange(self._settings, self._user_agent, self._allowed)
+        exchange = (
+            self._idle.pop() if self._idle else _Exchange(self._settings, self._user_agent, self._allowed, self._big)
+        )
         done = exchange.prepare(url, host, proxy, resolved, check, left_s, self._loop, self._finish)
         self._running.add(exchange)
         self._multi.add_handle(exchange.curl)
@@ -236,13 +243,44 @@ class Transport:
         self._multi.remove_handle(exchange.curl)
         exchange.clear()
         self._idle.append(exchange)
+        self._big.leave(exchange)
+
+
+class _BigBodies:
+    """Which bodies may grow beyond BIG_BODY_BYTES: the first few; the others are paused until one of them is done."""
+
+    def __init__(self) -> None:
+        self._growing: set[_Exchange] = set()
+        self._paused: deque[_Exchange] = deque()
+
+    def may_grow(self, exchange: _Exchange) -> bool:
+        """Whether it may; else it is to be paused, and is told when it is its turn."""
+        if exchange not in self._growing:
+            if len(self._growing) >= MAX_BIG_BODIES:
+                self._paused.append(exchange)
+                return False
+            self._growing.add(exchange)
+        return True
+
+    def leave(self, exchange: _Exchange) -> None:
+        """The exchange is over, whatever it did here; libcurl must not be inside of a callback."""
+        if exchange in self._growing:
+            self._growing.remove(exchange)
+            if self._paused:
+                following = self._paused.popleft()
+                self._growing.add(following)
+                following.curl.pause(pycurl.PAUSE_CONT)
+        elif self._paused:
+            with contextlib.suppress(ValueError):
+                self._paused.remove(exchange)
 
 
 class _Exchange:
     """A Curl handle with the state of the one exchange that it is used for at a time."""
 
-    def __init__(self, settings: DownloadSettings, user_agent: str, allowed: tuple[Network, ...]):
+    def __init__(self, settings: DownloadSettings, user_agent: str, allowed: tuple[Network, ...], big: _BigBodies):
         self._settings = settings
+        self._big = big
         self._allowed = allowed
         self.curl = curl = pycurl.Curl()
         curl.exchange = self
@@ -312,7 +350,7 @@ class _Exchange:
             return self._error
         if self._headers is not None and self._status != 200:  # however its body ended
             return Reply(self._status, self._headers, b"")
-        message = redacted(message)
+        message = redacted(message).encode("utf-8", "replace").decode()  # it may quote a header that is no text
         if code == pycurl.E_OK:
             if self._headers is None:
                 return FetchError("disconnected", "the response ended within its headers")
@@ -394,6 +432,8 @@ class _Exchange:
         return None
 
     def _body_part(self, part: bytes) -> int | None:
+        if self._num_bytes + len(part) > BIG_BODY_BYTES and not self._big.may_grow(self):
+            return pycurl.WRITEFUNC_PAUSE  # the part comes again
         self._num_bytes += len(part)
         if self._status != 200:
             return None if self._num_bytes <= DRAIN_BYTES else 0
