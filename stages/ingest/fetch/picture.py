@@ -93,9 +93,10 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
             exif = _exif_text(tags) if tags else "{}"
             if kept and is_jpeg:
                 image.draft(image.mode, (max(1, size[0] // 8), max(1, size[1] // 8)))
-            if not kept or sure is None:
+            bgr = None if kept or sure is None else _opencv_pixels(data)
+            if bgr is None and (not kept or sure is None):
                 image.load()
-            rgb = None if kept else _rgb(image)
+            rgb = None if kept or bgr is not None else _rgb(image)
     except ImageError:
         raise
     except Exception as error:  # a hostile body can raise almost anything inside Pillow
@@ -108,12 +109,15 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
     if max(final) > MAX_SIDE_PX[recipe.format]:
         raise ImageError("too_many_pixels", f"{max(final)} px, a {recipe.format} has {MAX_SIDE_PX[recipe.format]}")
     # Turned last, when it is smallest, and blurred before, as the boxes are of the source as it lies.
-    if boxes or orientation != 1 or not size == resized == final:
-        pixels = _resized(np.asarray(rgb), resized[::-1] if orientation >= 5 else resized)
+    if bgr is not None or boxes or orientation != 1 or not size == resized == final:
+        pixels = np.asarray(rgb) if bgr is None else bgr
+        pixels = _resized(pixels, resized[::-1] if orientation >= 5 else resized)
         pixels = _blurred(pixels, boxes)
-        pixels = _cropped_or_padded(_turned(pixels, orientation), final)
-        rgb = np.ascontiguousarray(pixels)
-    return Picture(_encoded(rgb, recipe), recipe.format, *final, *upright, exif)
+        pixels = np.ascontiguousarray(_cropped_or_padded(_turned(pixels, orientation), final))
+        stored = _encoded_pixels(pixels, recipe, is_bgr=bgr is not None)
+    else:
+        stored = _encoded(rgb, recipe)
+    return Picture(stored, recipe.format, *final, *upright, exif)
 
 
 def _gif_frames(data: bytes, max_frames: int) -> int:
@@ -322,13 +326,22 @@ def _blurred(pixels: np.ndarray, boxes: list[tuple[float, float, float, float]])
     return result
 
 
-def _encoded(rgb: Image.Image | np.ndarray, recipe: ImageRecipe) -> bytes:
-    """The RGB image, or its pixels, as a file of the recipe's format, without metadata."""
-    if isinstance(rgb, np.ndarray) and recipe.format == "jpg":
-        # The bytes that Pillow writes (the same encoder, 4:2:0), without its copies.
-        bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
-        return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, recipe.quality])[1].tobytes()
-    image = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
+def _opencv_pixels(data: bytes) -> np.ndarray | None:
+    """The pixels of a sound JPEG as it lies, blue first: those that Pillow gives, without its copies. None: not read."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+
+
+def _encoded_pixels(pixels: np.ndarray, recipe: ImageRecipe, is_bgr: bool) -> bytes:
+    """The pixels as a file of the recipe's format. A JPEG has the bytes that Pillow writes: the encoder is the same."""
+    if is_bgr != (recipe.format == "jpg"):
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)  # the same swap in both directions
+    if recipe.format == "jpg":
+        return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, recipe.quality])[1].tobytes()
+    return _encoded(Image.fromarray(pixels), recipe)
+
+
+def _encoded(image: Image.Image, recipe: ImageRecipe) -> bytes:
+    """The RGB image as a file of the recipe's format, without metadata."""
     image.info = {}  # some writers take profiles and metadata from there
     out = io.BytesIO()
     if recipe.format == "jpg":
