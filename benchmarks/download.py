@@ -82,7 +82,7 @@ def profile(images: list[bytes], case: str) -> dict[str, float]:
 
     from stages.ingest.fetch.area_resize import area_resize
     from stages.ingest.fetch.jpeg_check import sure_jpeg
-    from stages.ingest.fetch.picture import stored_picture
+    from stages.ingest.fetch.picture import _opencv_pixels, stored_picture
     from stages.ingest.fetch.settings import ImageRecipe
 
     def ms(function: Any, items: list) -> float:
@@ -105,7 +105,7 @@ def profile(images: list[bytes], case: str) -> dict[str, float]:
     sizes = [[max(1, round(side * 512 / max(pixels.shape))) for side in pixels.shape[:2]] for pixels in decoded]
     pairs = list(zip(decoded, sizes, strict=True))
     return {
-        "decode": ms(lambda data: Image.open(io.BytesIO(data)).load(), images),
+        "decode": ms(_opencv_pixels, images),
         "resize": ms(lambda pair: area_resize(pair[0], *pair[1]), pairs),
         "picture": whole,  # decode, resize, encode and all around them
     }

@@ -327,7 +327,7 @@ def _blurred(pixels: np.ndarray, boxes: list[tuple[float, float, float, float]])
 
 
 def _opencv_pixels(data: bytes) -> np.ndarray | None:
-    """The pixels of a sound JPEG as it lies, blue first: those that Pillow gives, without its copies. None: not read."""
+    """The pixels of a sound JPEG as it lies, blue first, as Pillow decodes them, without its copies; None: not read."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
