@@ -135,8 +135,10 @@ class DownloadWorker:
         self.engine.close()
 
     def process(self, shard: Shard) -> dict[str, Any]:
-        """Facts of the pool's shard once its files are there: see `shard_facts`. A shard that is there is kept; with
-        `retry` its rows of these failures are fetched again, and the files replaced when one came.
+        """Facts of the pool's shard once its files are there: {rows, ok_rows, kept_rows, failed, bytes, hosts, known}.
+
+        A shard that is there is kept; with `retry` its rows of these failures are fetched again, and the files replaced
+        when one came.
 
         Raises:
             NetworkDownError: nothing answers any more; nothing of the shard was written.
