@@ -98,7 +98,8 @@ def markdown(ours: dict, theirs: dict) -> str:
     for name, row in ours["faults"].items():
         other = theirs["faults"][name]
         if other["got"] == "ok":
-            said = "ok" if "ok" in FAULTS[name].expected and other["size_px"] == row.get("size_px") else "**ok**"
+            as_ours = other["size_px"] == row.get("size_px", other["size_px"])
+            said = "ok" if "ok" in FAULTS[name].expected and as_ours else "**ok**"
         else:
             said = " ".join((other["detail"] or other["got"]).split())[:60].replace("|", "/").replace("<", "&lt;")
             said = "".join(character if 32 <= ord(character) < 127 else "?" for character in said)
