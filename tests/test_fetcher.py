@@ -680,3 +680,24 @@ def test_idle_hosts_are_forgotten_and_busy_ones_kept(monkeypatch):
         return len(hosts), hosts.host("busy:80") is busy
 
     assert asyncio.run(scenario()) == (100, True)
+
+
+@pytest.mark.parametrize("pause_s, refusals_an_answer, is_given_up", [(3, 7, True), (60, 1, True), (1, 1, False)])
+def test_a_host_that_pauses_more_than_it_answers_is_given_up(pause_s, refusals_an_answer, is_given_up):
+    """Its rows would else hold their shard for hours."""
+
+    async def scenario():
+        hosts = Hosts(8, 8, 100.0)
+        host = hosts.host("a.test:80")
+        for request in range(200):
+            if request % (refusals_an_answer + 1) == refusals_an_answer:
+                hosts.answered(host)
+            else:  # as if the last pause had just ended
+                hosts.limits_rate(host, max(0.0, host.paused_until_s - asyncio.get_running_loop().time()) + pause_s)
+            if host.refused(asyncio.get_running_loop().time()) is not None:
+                return request
+        return None
+
+    given_up_at = asyncio.run(scenario())
+    assert (given_up_at is not None) == is_given_up
+    assert given_up_at is None or given_up_at < 40
