@@ -61,6 +61,7 @@ COLUMNS = {
     "attempts": pa.int32(),  # 0: nothing was asked
     "checksum_ok": pa.bool_(),  # null where the metadata has no sha256, or checksum is accept
 }
+NOT_ASKED = {"excluded", "not_chosen"}  # decided before any request
 IMAGE_FAULTS = ("undecodable", "unsupported_format", "too_many_pixels", "too_many_frames")  # img2dataset: resize
 
 
@@ -143,14 +144,14 @@ class DownloadWorker:
         Raises:
             NetworkDownError: nothing answers any more; nothing of the shard was written.
         """
+        started_s = time.time()
         out_path, retry = self.job.out_path, retried_failures(self.job.settings)
         done = finished(out_path, shard.name)
         old = None
         if done is not None:
             if not retry & set(done["failed"]):
-                return self._facts(shard, done, shard.rows)
+                return self._facts(shard, done, shard.rows, started_s)
             old = pool.read_rows(out_path, shard.name)
-        started_s = time.time()
         table = pool.read_rows(self.job.urls_path, shard.name)
         rows = _rows(table)
         reasons = self._reasons(shard, table, rows, old, retry)
@@ -163,14 +164,13 @@ class DownloadWorker:
             results = dict(zip((row["index"] for row in wanted), found, strict=True))
             if old is not None and not any(result.values.get("ok") for result in results.values()):
                 # Not one came: the shard stays as it was, byte for byte.
-                return self._facts(shard, done, shard.rows - len(wanted))
+                return self._facts(shard, done, shard.rows - len(wanted), started_s)
             storage.delete(storage.join(out_path, f"{shard.name}_stats.json"))  # of the shard as it was
             done = self._write(shard, rows, reasons, results, spool, old)
         finally:
             spool.close()
             self.counts.flush()
-        self._write_stats(shard, started_s)
-        return self._facts(shard, done, shard.rows - len(wanted))
+        return self._facts(shard, done, shard.rows - len(wanted), started_s)
 
     def _anything_came(self) -> bool:
         """Whether a finished shard has an image: then a shard in which nothing answers is no sign of a dead network."""
@@ -232,10 +232,9 @@ class DownloadWorker:
                 writer.add(row | _img2dataset_columns(row), image, {"face_bboxes": json.loads(boxes)} if boxes else {})
         return writer.facts
 
-    def _write_stats(self, shard: Shard, started_s: float) -> None:
+    @staticmethod
+    def _write_stats(path: str, table: pa.Table, started_s: float) -> None:
         """None; img2dataset's _stats.json. Times are facts: this file is no part of the pool's content."""
-        path = storage.join(self.job.out_path, f"{shard.name}.parquet")
-        table = pool.read_table(path, ["status", "error_message"])
         statuses = Counter(table["status"].to_pylist())
         now_s = time.time()
         stats = {
@@ -248,23 +247,23 @@ class DownloadWorker:
             "end_time": now_s,
             "status_dict": dict(Counter(message or "success" for message in table["error_message"].to_pylist())),
         }
-        storage.write_json(storage.join(self.job.out_path, f"{shard.name}_stats.json"), stats)
+        storage.write_json(path, stats)
 
-    def _facts(self, shard: Shard, done: dict[str, Any], kept_rows: int) -> dict[str, Any]:
+    def _facts(self, shard: Shard, done: dict[str, Any], kept_rows: int, started_s: float) -> dict[str, Any]:
         """{rows, ok_rows, failed, known} of ShardWriter, and {kept_rows, bytes, hosts: {host: {reason: rows}}}.
 
         Args:
             kept_rows: rows that were not fetched now.
+            started_s: when the work on the shard began, in seconds since the epoch.
         """
-        stats = storage.join(self.job.out_path, f"{shard.name}_stats.json")
-        if not storage.exists(stats):  # a kill between the parquet and this one
-            self._write_stats(shard, time.time())
-        table = pool.read_table(
-            storage.join(self.job.out_path, f"{shard.name}.parquet"), ["url", "error", "attempts", "body_bytes"]
-        )
+        columns = ["url", "error", "body_bytes", "status", "error_message"]
+        table = pool.read_table(storage.join(self.job.out_path, f"{shard.name}.parquet"), columns)
+        stats_path = storage.join(self.job.out_path, f"{shard.name}_stats.json")
+        if not storage.exists(stats_path):  # the parquet was written just now, or before a kill
+            self._write_stats(stats_path, table, started_s)
         hosts: dict[str, Counter] = {}
         for url, error in zip(table["url"].to_pylist(), table["error"].to_pylist(), strict=True):
-            if error in DOWNLOAD_FAILURES and error not in ("excluded", "not_chosen"):
+            if error in DOWNLOAD_FAILURES and error not in NOT_ASKED:
                 hosts.setdefault(host_of(url) or "(none)", Counter())[error] += 1
         body_bytes = sum(filter(None, table["body_bytes"].to_pylist()))
         done = done | {"kept_rows": kept_rows, "bytes": body_bytes}
@@ -485,7 +484,7 @@ class _Counts:
 def retried_failures(settings: DownloadSettings) -> set[str]:
     """Which failures of rows are fetched again: none, those named, or all that another try could mend."""
     if settings.retry == "failed":
-        return set(DOWNLOAD_FAILURES) - {"excluded", "not_chosen"} | set(IMAGE_FAULTS)
+        return set(DOWNLOAD_FAILURES) - NOT_ASKED | set(IMAGE_FAULTS)
     return set(settings.retry or ())
 
 

@@ -23,17 +23,6 @@ from stages.ingest.fetch.robots import Robots, opt_out
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.ingest.fetch.transport import Reply, Transport
 
-RETRIED = {  # what may heal
-    "dns_unavailable",
-    "connect_failed",
-    "connect_timeout",
-    "first_byte_timeout",
-    "total_timeout",
-    "disconnected",
-    "truncated_body",
-    "server_error",
-    "rate_limited",
-}
 HOST_FAILURES = {  # of which ten in a row say that a host is down
     "dns_unavailable",
     "connect_failed",
@@ -42,6 +31,7 @@ HOST_FAILURES = {  # of which ten in a row say that a host is down
     "total_timeout",
     "disconnected",
 }
+RETRIED = HOST_FAILURES | {"truncated_body", "server_error", "rate_limited"}  # what may heal
 REDIRECTS = {301, 302, 303, 307, 308}
 NOT_FOUND = {404, 410}
 FORBIDDEN = {401, 402, 403, 451}
