@@ -59,23 +59,23 @@ def schema_of(path: str) -> pa.Schema:
 
 def resolved(settings: Settings, schema: pa.Schema, place: str) -> Settings:
     """The settings with the image and caption columns found. Raises ConfigError naming what columns there are."""
-    image = _column("image_column", settings.image_column, IMAGE_COLUMNS, schema, place)
+    image = found_column("image_column", settings.image_column, IMAGE_COLUMNS, schema.names, place)
     kind = schema.field(image).type
     if pa.types.is_struct(kind):
         fields = {kind.field(index).name: kind.field(index).type for index in range(kind.num_fields)}
         kind = fields.get("bytes", pa.null())
-    if not _is_bytes(kind):
+    if not is_bytes(kind):
         there = schema.field(image).type
         raise ConfigError(f"{place}: image_column {image} is {there}, expected bytes or {{bytes, path}}")
-    caption = _column("caption_column", settings.caption_column, CAPTION_COLUMNS, schema, place)
+    caption = found_column("caption_column", settings.caption_column, CAPTION_COLUMNS, schema.names, place)
     kind = schema.field(caption).type
     if _is_list(kind):
         kind = kind.value_type
-    if not (_is_text(kind) or _is_bytes(kind)):
+    if not (_is_text(kind) or is_bytes(kind)):
         raise ConfigError(f"{place}: caption_column {caption} is {schema.field(caption).type}, expected text or a list")
     for column in ([settings.uid_column] if settings.uid_column else []) + list(settings.carry):
         if column not in schema.names and column != ORIGINAL_NAME:
-            raise ConfigError(f"{place}: no column {column}, expected one of {', '.join(schema.names)}")
+            raise ConfigError(f"{place}: no column {column}, expected one of {listed(schema.names)}")
     return replace(settings, image_column=image, caption_column=caption)
 
 
@@ -181,20 +181,27 @@ def _picture(value: pa.Scalar) -> tuple[bytes | None, str | None, str]:
     return value.as_py(), None, ""
 
 
-def _column(setting: str, named: str | None, usual: Sequence[str], schema: pa.Schema, place: str) -> str:
-    there = ", ".join(schema.names[:50])
+def found_column(setting: str, named: str | None, usual: Sequence[str], there: Sequence[str], place: str) -> str:
+    """The column that the config names, or the only usual one that is there. Raises ConfigError with what there is."""
     if named is not None:
-        if named not in schema.names:
-            raise ConfigError(f"{place}: no column {named} ({setting}), expected one of {there}")
+        if named not in there:
+            raise ConfigError(f"{place}: no column {named} ({setting}), expected one of {listed(there)}")
         return named
-    found = [name for name in usual if name in schema.names]
+    found = [name for name in usual if name in there]
     if len(found) != 1:
         problem = f"could be {' or '.join(found)}" if found else f"is none of {', '.join(usual)}"
-        raise ConfigError(f"{place}: {setting} {problem}; set {setting} to one of {there}")
+        raise ConfigError(f"{place}: {setting} {problem}; set {setting} to one of {listed(there)}")
     return found[0]
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
+def listed(names: Sequence[str]) -> str:
+    """The first of the names, on one line whatever is in them."""
+    text = ", ".join(names[:50]).encode("utf-8", "replace").decode()[:500]
+    return " ".join(text.split())
+
+
+def is_bytes(kind: pa.DataType) -> bool:
+    """True for columns that can hold an image or a text as bytes."""
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
 
 

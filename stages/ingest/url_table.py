@@ -93,7 +93,7 @@ def has_urls(schema: pa.Schema) -> bool:
     """True when the parquet file has a column of URLs and none with the bytes of images."""
     for name in set(parquet_rows.IMAGE_COLUMNS) & set(schema.names):
         kind = schema.field(name).type
-        if pa.types.is_struct(kind) or _is_bytes(kind):
+        if pa.types.is_struct(kind) or parquet_rows.is_bytes(kind):
             return False
     return bool(set(URL_COLUMNS) & set(schema.names))
 
@@ -121,21 +121,23 @@ def resolved(settings: Settings, path: str, place: str) -> Settings:
         )
     for setting, named in (("uid_column", settings.uid_column), ("sha256_column", settings.sha256_column)):
         if named is not None:
-            _column(setting, named, (), there, place)
+            parquet_rows.found_column(setting, named, (), there, place)
     boxes, sha256 = settings.face_boxes_column, settings.sha256_column
     if boxes is not None:
-        _column("face_boxes_column", boxes, (), there, place)
+        parquet_rows.found_column("face_boxes_column", boxes, (), there, place)
     settings = replace(
         settings,
-        url_column=_column("url_column", settings.url_column, URL_COLUMNS, there, place),
-        caption_column=_column("caption_column", settings.caption_column, CAPTION_COLUMNS, there, place),
+        url_column=parquet_rows.found_column("url_column", settings.url_column, URL_COLUMNS, there, place),
+        caption_column=parquet_rows.found_column(
+            "caption_column", settings.caption_column, CAPTION_COLUMNS, there, place
+        ),
         sha256_column=sha256 or (SHA256_COLUMN if SHA256_COLUMN in there else None),
         face_boxes_column=boxes or (FACE_BOXES_COLUMN if FACE_BOXES_COLUMN in there else None),
     )
     for column, wanted in settings.carry.items():
         if column not in there and column != ORIGINAL_NAME:
             if kind != "parquet" or wanted != VECTOR:
-                raise ConfigError(f"{place}: no column {column}, expected one of {_listed(there)}")
+                raise ConfigError(f"{place}: no column {column}, expected one of {parquet_rows.listed(there)}")
             _check_features(path, column, num_rows, there, place)
         elif wanted == VECTOR and kind in ("csv", "tsv"):
             raise ConfigError(f"{place}: carry.{column} = {VECTOR}, expected another type: a {kind} has no vectors")
@@ -366,9 +368,8 @@ def _close_places() -> None:
 def _check_features(path: str, key: str, num_rows: int, there: Sequence[str], place: str) -> None:
     """None. Raises ConfigError unless the npz beside the table has the key, with a row for each of the table's."""
     npz = features_path(path)
-    problem = (
-        f"{place}: no column {key}, expected one of {_listed(there)}, or a key of {storage.name_of(npz)} beside it"
-    )
+    columns = parquet_rows.listed(there)
+    problem = f"{place}: no column {key}, expected one of {columns}, or a key of {storage.name_of(npz)} beside it"
     if not storage.exists(npz):
         raise ConfigError(f"{problem}, which is not there")
     try:
@@ -687,18 +688,6 @@ def _number(text: str) -> float | None:
 # Columns.
 
 
-def _column(setting: str, named: str | None, usual: Sequence[str], there: Sequence[str], place: str) -> str:
-    if named is not None:
-        if named not in there:
-            raise ConfigError(f"{place}: no column {named} ({setting}), expected one of {_listed(there)}")
-        return named
-    found = [name for name in usual if name in there]
-    if len(found) != 1:
-        problem = f"could be {' or '.join(found)}" if found else f"is none of {', '.join(usual)}"
-        raise ConfigError(f"{place}: {setting} {problem}; set {setting} to one of {_listed(there)}")
-    return found[0]
-
-
 def _check_types(settings: Settings, schema: pa.Schema, place: str) -> None:
     def refuse(setting: str, column: str, expected: str) -> None:
         raise ConfigError(f"{place}: {setting} {column} is {schema.field(column).type}, expected {expected}")
@@ -724,10 +713,6 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-
-
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
@@ -735,9 +720,4 @@ def _is_text(kind: pa.DataType) -> bool:
 def _is_text_like(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return _is_text(kind) or _is_bytes(kind) or pa.types.is_null(kind)
-
-
-def _listed(names: Sequence[str]) -> str:
-    text = ", ".join(names[:50]).encode("utf-8", "replace").decode()[:500]
-    return " ".join(text.split())
+    return _is_text(kind) or parquet_rows.is_bytes(kind) or pa.types.is_null(kind)
