@@ -30,6 +30,7 @@ from pipeline.core import artifact, log, pool, storage
 from pipeline.core.config import Resources
 from pipeline.core.engine import ROOT, Engine, post
 from pipeline.core.errors import StepError, WinnowError, one_line
+from pipeline.core.passes import Passes
 from pipeline.plan import Plan, Status, Step
 from pipeline.runs import RUNS
 from stages.base import Stage
@@ -37,7 +38,7 @@ from stages.column_files import Column
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, train_set
-from stages.stage_worker import StageJob, StageWorker, fit
+from stages.stage_worker import StageJob, StageWorker, fit, fit_path
 from training.recipe import Recipe
 from training.worker import train_on_ray
 
@@ -126,7 +127,7 @@ class Executor:
         for name in ready:
             step = self.plan.steps[name]
             key: Any = name
-            if isinstance(step.work, Stage):
+            if isinstance(step.work, Stage) and not step.work.whole_pool:
                 key = ("stages", step.inputs["pool"], repr(self._resources(step)))
             elif step.kind == "results":
                 key = ("results", step.inputs["checkpoint"])
@@ -298,9 +299,12 @@ class Executor:
                     step.work, _path(statuses, step.name), columns, self._model(step, statuses), resources.batch_size
                 )
             )
-        for job in jobs:
-            if job.stage.whole_pool:
-                self._one(f"{label}/fit", fit, (pool_path, job, shards), first)
+        fit_facts: dict[str, Any] = {}
+        if jobs[0].stage.whole_pool:  # which is in a group of its own
+            self.progress.start(f"{label}/fit", 0, "passes")
+            passes = self._passes(f"{label}/fit", fit_path(jobs[0]) or "", resources)
+            fit_facts = dict(fit(pool_path, jobs[0], shards, passes))
+            self.progress.end(f"{label}/fit")
         self.progress.start(label, len(todo))
         seconds = dict.fromkeys((job.out_path for job in jobs), 0.0)
         known: dict[str, dict] = {job.out_path: {} for job in jobs}
@@ -325,9 +329,22 @@ class Executor:
             hours = seconds[job.out_path] / 3600  # in the stage itself; reading and decoding is shared
             facts = {"rows": sum(shard.rows for shard in shards), "device": _device(resources)}
             facts |= {"cpu_hours": hours * resources.cpus, "gpu_hours": hours * resources.gpus}
+            facts |= fit_facts
             self._finish(step, statuses, facts, started, file_notes=notes, known=known[job.out_path])
         self.progress.end(label)
         return {}
+
+    def _passes(self, label: str, folder: str, resources: Resources) -> Passes:
+        """Passes over the whole pool, each item a task with these resources."""
+
+        def run(function: Callable, items: Sequence[tuple], names: Sequence[str], on_done: Callable) -> None:
+            self.engine.map(function, items, [f"{label}/{name}" for name in names], resources, on_done)
+
+        return Passes(
+            run,
+            folder,
+            lambda name, done, total: self.progress.advance(label, note=f"{name} {done}/{total}"),
+        )
 
     def _columns(self, step: Step, statuses: Mapping[str, Status]) -> dict[str, Column]:
         """{name in the config: where it is stored} of the stages' columns that a step reads."""

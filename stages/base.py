@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipeline.core.pool import Shard
+from pipeline.core.passes import Passes
+from stages.pool_blocks import Block
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FACTS = "facts.json"  # what a finished `fit` returned, in its folder
 
 
 @dataclass(frozen=True)
@@ -18,10 +24,13 @@ class Batch:
     """Consecutive ok rows of one shard.
 
     `columns` holds lists of equal length: `uid`, the pool's own columns (caption, width_px, ...) and those that the
-    stage `needs`. `image_bytes` and `images` (PIL, RGB, upright) are there when the stage reads them.
+    stage `needs`. `image_bytes` and `images` (PIL, RGB, upright) are there when the stage reads them. `shard` is the
+    shard's name and `rows` [n] the rows' numbers in it, for a stage whose `fit` found a value for each row.
     """
 
     columns: Mapping[str, list]
+    shard: str
+    rows: np.ndarray
     image_bytes: Sequence[bytes] | None = None
     images: Sequence[Any] | None = None
 
@@ -50,7 +59,7 @@ class Stage:
     version: ClassVar[int] = 1  # bump when any output value changes
     reads: ClassVar[str] = "caption"  # caption | bytes | pixels | columns
     needs: ClassVar[tuple[str, ...]] = ()  # columns of earlier stages
-    adds: ClassVar[Mapping[str, str]] = {}  # column -> bool, int32, int64, float32, string, or float16[] (any width)
+    adds: ClassVar[Mapping[str, str]] = {}  # column -> a key of column_files.ARROW_TYPES
     uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
     whole_pool: ClassVar[bool] = False  # True: `fit` comes first, and any change of the pool makes all files stale
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
@@ -59,8 +68,15 @@ class Stage:
         """{parameter: path} of files outside the pool that decide values; their content is part of the identity."""
         return {}
 
-    def fit(self, pool_path: str, shards: Sequence[Shard], out_path: str) -> None:
-        """None; looks at the whole pool and writes what load() needs into the folder. In one task; may run again."""
+    def notes(self) -> Mapping[str, str]:
+        """What the stage's column files say of themselves, for later stages that read them."""
+        return {}
+
+    def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
+        """Facts for the record, after passes over all rows have written what load() needs into passes.folder.
+
+        Called where no heavy work may be done; that is for the passes' functions. A resumed run calls it again.
+        """
         raise NotImplementedError
 
     def load(self, context: LoadContext) -> Any:

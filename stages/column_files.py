@@ -20,6 +20,7 @@ ARROW_TYPES = {
     "int64": pa.int64(),
     "float32": pa.float32(),
     "string": pa.string(),
+    "binary": pa.binary(),
     "float16[]": pa.list_(pa.float16()),
 }
 POOL_TYPES = {

@@ -88,6 +88,7 @@ def score_shard(pool_path: str, shard: Shard, stages: Sequence[LoadedStage], thr
 class _Group:
     """GROUP_ROWS rows of the pool, and for each stage the table of the columns that it needs (or None)."""
 
+    first_row: int
     rows: pa.Table
     columns: list[pa.Table | None]
 
@@ -126,6 +127,8 @@ def _score_group(
                 start, stop = starts[at], queue.pop()
                 batch = Batch(
                     {name: values[start:stop] for name, values in own[at].items()},
+                    shard.name,
+                    group.first_row + ok_rows[start:stop],
                     window["bytes"].get(start, stop) if reads in window else None,
                     window["pixels"].get(start, stop) if reads == "pixels" else None,
                 )
@@ -221,10 +224,12 @@ def _groups(
     names = [*pool.SCHEMA.names, *sorted(carried.difference(pool.SCHEMA.names))]
     if missing := sorted(carried.difference(rows.schema_arrow.names)):
         raise WinnowError(f"{place}: no column {missing[0]}, which a stage needs")
+    first_row = 0
     for table in row_groups(rows, names, GROUP_ROWS):
         extra = [next(reader) for reader in readers]
         columns = [pa.table({name: extra[index][0] for name, index in source.items()}) for source in sources]
-        yield _Group(table, [needed if needed.num_columns else None for needed in columns])
+        yield _Group(first_row, table, [needed if needed.num_columns else None for needed in columns])
+        first_row += table.num_rows
 
 
 def _blocks(
@@ -260,10 +265,11 @@ class _Writer:
         self.entry = entry
         self.place = f"stage {type(entry.stage).__name__}, shard {shard.name}"
         fields = [("uid", pa.string()), *((name, ARROW_TYPES[kind]) for name, kind in entry.stage.adds.items())]
-        self.schema = pa.schema(fields, metadata={pool.SHARD_DIGEST: shard.digest})
+        self.schema = pa.schema(fields, metadata={pool.SHARD_DIGEST: shard.digest, **entry.stage.notes()})
         self.temporary = stack.enter_context(storage.write_file(file_path(entry.out_path, shard)))
+        repeated = [name for name, kind in fields if kind != pa.binary()]  # bytes of hashes never repeat
         self.file = stack.enter_context(
-            pq.ParquetWriter(self.temporary, self.schema, compression="zstd", version="2.6")
+            pq.ParquetWriter(self.temporary, self.schema, compression="zstd", version="2.6", use_dictionary=repeated)
         )
         self.parts: dict[str, list[pa.Array]] = {name: [] for name in entry.stage.adds}
 
@@ -304,7 +310,8 @@ class _Writer:
 def _arrow(values: Sequence, kind: str) -> pa.Array:
     if kind != "float16[]":
         array = pa.array(values)  # its own type first: pyarrow would cut 1.5 to an int32 without a word
-        family = {"bool": pa.types.is_boolean, "string": pa.types.is_string}.get(kind, pa.types.is_primitive)
+        families = {"bool": pa.types.is_boolean, "string": pa.types.is_string, "binary": pa.types.is_binary}
+        family = families.get(kind, pa.types.is_primitive)
         if not (family(array.type) or pa.types.is_null(array.type)):
             raise TypeError(f"found {array.type}")
         return array.cast(ARROW_TYPES[kind])

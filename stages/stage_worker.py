@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core import storage
+from pipeline.core.passes import Passes
 from pipeline.core.pool import Shard
-from stages.base import LoadContext, Stage
+from stages.base import FACTS, LoadContext, Stage
 from stages.column_files import Column
+from stages.pool_blocks import blocks
 from stages.score_shard import LoadedStage, score_shard
 
 
@@ -29,9 +31,17 @@ def fit_path(job: StageJob) -> str | None:
     return storage.join(job.out_path, "fit") if job.stage.whole_pool else None
 
 
-def fit(pool_path: str, job: StageJob, shards: Sequence[Shard]) -> None:
-    """None; what the stage found in the whole pool is in its folder."""
-    job.stage.fit(pool_path, shards, fit_path(job) or "")
+def fit(pool_path: str, job: StageJob, shards: Sequence[Shard], passes: Passes) -> Mapping[str, Any]:
+    """Facts of what the stage found in the whole pool; it is in its folder, whole, when this returns.
+
+    Args:
+        passes: with fit_path(job) as their folder.
+    """
+    path = storage.join(passes.folder, FACTS)
+    if not storage.exists(path):
+        facts = job.stage.fit(blocks(pool_path, shards, job.columns), passes)
+        storage.write_json(path, facts)
+    return storage.read_json(path)
 
 
 class StageWorker:

@@ -24,6 +24,7 @@ from stages.columns import placeholders
 from stages.columns.hashes import image_phash
 from stages.score_shard import LoadedStage
 from stages.stage_worker import StageJob, fit, fit_path
+from tests.passes_fixture import passes_here
 from tests.pool_fixture import drawing, write_pool
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -72,11 +73,16 @@ def score(pool_path, out, stages, shard=0, model=None, batch_size=None, threads=
     for name, stage in stages.items():
         job = StageJob(stage, f"{out}/{name}", model=model)
         if stage.whole_pool:
-            fit(pool_path, job, shards)
+            fit(pool_path, job, shards, passes_here(fit_path(job)))
         context = LoadContext(model=model, fit_path=fit_path(job))
         loaded.append(LoadedStage(stage, stage.load(context), job.out_path, batch_size))
     facts = score_shard.score_shard(pool_path, found, loaded, threads)
     return facts, {name: pq.read_table(f"{out}/{name}/{found.name}.parquet") for name in stages}
+
+
+def batch_of(**columns):
+    """The first rows of a shard."""
+    return Batch(columns, "00000", np.arange(len(columns["uid"])))
 
 
 def deterministic():
@@ -288,13 +294,8 @@ def test_a_stage_gets_the_columns_that_the_pool_carries(tmp_path):
 
 
 def test_image_stats_use_the_original_size():
-    batch = Batch(
-        {
-            "uid": ["0" * 32] * 2,
-            "original_width_px": [600, 100],
-            "original_height_px": [200, 301],
-            "image_size_bytes": [7, 8],
-        }
+    batch = batch_of(
+        uid=["0" * 32] * 2, original_width_px=[600, 100], original_height_px=[200, 301], image_size_bytes=[7, 8]
     )
     found = build_stage("image_stats", {}, "").process(batch, None)
     assert found["min_side_px"] == [200, 100]
@@ -306,7 +307,7 @@ def test_language_of_text_that_fasttext_dislikes():
     stage = build_stage("language", {}, "")
     state = stage.load(LoadContext())
     texts = ["a dog runs\nacross the green field", "ein Hund läuft über die Wiese", "a\0b\ud800", "", "\U0001f600"]
-    found = stage.process(Batch({"uid": texts, "caption": texts}), state)
+    found = stage.process(batch_of(uid=texts, caption=texts), state)
     assert found["language"][:2] == ["en", "de"]
     assert all(0 < confidence <= 1 for confidence in found["language_confidence"])
     assert found["language_confidence"][3] < 0.2
@@ -398,7 +399,7 @@ def test_clip_refuses_random_weights():
 
 
 def test_placeholders_are_images_behind_many_urls(tmp_path, monkeypatch):
-    monkeypatch.setattr(placeholders, "COUNTED_ROWS", 7)  # several passes
+    monkeypatch.setattr(placeholders, "PARTITION_ROWS", 7)  # several partitions
     sorry, banner = drawing(1), drawing(2)
     rows = [{"image": sorry, "caption": "x", "url": f"http://a.test/{number}.jpg"} for number in range(5)]
     rows += [{"image": banner, "caption": "x", "url": f"http://b.test/{number % 2}.jpg"} for number in range(6)]

@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.core import pool, storage
-from pipeline.core.pool import Shard
+from pipeline.core import exchange, storage
+from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
+from stages.pool_blocks import Block
 
-COUNTED_ROWS = 20_000_000  # in memory at once: 16 bytes each, and as much again while sorting
-FILE = "urls_by_image.npy"
+PARTITION_ROWS = 8_000_000  # counted in memory at once: 16 bytes each, and as much again while sorting
+COUNTS = "counts"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Placeholders(Stage):
     """How many different URLs gave these very bytes (sha256), and whether they are `min_urls` or more.
 
     Rows without a URL count as one URL a row. Images are told apart by 64 bits of their sha256. Cost: two columns of
-    the pool read once per COUNTED_ROWS rows, in one task.
+    the pool read once, and 16 bytes a row exchanged.
     """
 
     version: ClassVar[int] = 1
@@ -33,42 +34,57 @@ class Placeholders(Stage):
 
     min_urls: Annotated[int, Field(ge=2)] = 10
 
-    def fit(self, pool_path: str, shards: Sequence[Shard], out_path: str) -> None:
-        """None; writes (image, URLs) of the images with more than one URL, sorted by image."""
-        passes = max(1, -(-sum(shard.rows for shard in shards) // COUNTED_ROWS))
-        found = []
-        for number in range(passes):
-            pairs = [_pairs(pool_path, shard, passes, number) for shard in shards]
-            images, counts = np.unique(np.unique(np.concatenate(pairs), axis=0)[:, 0], return_counts=True)
-            found.append(np.stack([images[counts > 1], counts[counts > 1].astype(np.uint64)], axis=1))
-        table = np.concatenate(found)
-        with storage.write_file(storage.join(out_path, FILE)) as temporary, open(temporary, "wb") as file:
-            np.save(file, table[np.argsort(table[:, 0])], allow_pickle=False)
+    def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
+        """The number of images with more than one URL; a file of (image, URLs) for each part of them."""
+        num_partitions = max(1, -(-sum(block.rows for block in blocks) // PARTITION_ROWS))
+        urls = passes.run("urls", write_urls, [(block, num_partitions) for block in blocks])
+        counts = passes.run(COUNTS, write_counts, [(urls, number) for number in range(num_partitions)])
+        passes.drop(urls)
+        return {"images_with_several_urls": exchange.num_rows(counts.paths)}
 
     def load(self, context: LoadContext) -> Any:
-        """[n, 2] uint64: image, URLs."""
-        with storage.open_read(storage.join(context.fit_path or "", FILE)) as file:
-            return np.load(file, allow_pickle=False)
+        """(image [n] uint64, sorted; URLs [n] int32)."""
+        folder = storage.join(context.fit_path or "", COUNTS)
+        table = exchange.read([storage.join(folder, name) for name in storage.list_files(folder)])
+        if table is None:
+            return np.empty(0, np.uint64), np.empty(0, np.int32)
+        images, counts = table["image"].to_numpy(), table["urls"].to_numpy()
+        order = np.argsort(images)
+        return images[order], counts[order]
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
         images = _first_64_bits(batch.columns["sha256"])
         counts = np.ones(len(images), dtype=np.int32)
-        if len(state):
-            places = np.minimum(np.searchsorted(state[:, 0], images), len(state) - 1)
-            same = state[places, 0] == images
-            counts[same] = state[places[same], 1].astype(np.int32)
+        several, their_counts = state
+        if len(several):
+            places = np.minimum(np.searchsorted(several, images), len(several) - 1)
+            same = several[places] == images
+            counts[same] = their_counts[places[same]]
         return {"image_num_urls": counts, "is_placeholder": counts >= self.min_urls}
 
 
-def _pairs(pool_path: str, shard: Shard, passes: int, number: int) -> np.ndarray:
-    """[n, 2] uint64: (image, hash of the URL) of the shard's ok rows whose image belongs to this pass."""
-    rows = pool.read_rows(pool_path, shard.name, ["uid", "ok", "sha256", "url"])
-    rows = rows.filter(rows["ok"])
-    urls = [url or uid for url, uid in zip(rows["url"].to_pylist(), rows["uid"].to_pylist(), strict=True)]
-    images = _first_64_bits(rows["sha256"].to_pylist())
-    hashed = (int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest(), "big") for url in urls)
-    pairs = np.stack([images, np.fromiter(hashed, dtype=np.uint64, count=len(urls))], axis=1)
-    return pairs[images % np.uint64(passes) == number]
+def write_urls(block: Block, num_partitions: int, path: str) -> None:
+    """None; writes (image, hash of the URL) of the block's ok rows, by image."""
+    images, hashes = [], []
+    for rows in block.tables(["uid", "ok", "sha256", "url"]):
+        rows = rows.filter(rows["ok"])
+        urls = [url or uid for url, uid in zip(rows["url"].to_pylist(), rows["uid"].to_pylist(), strict=True)]
+        images.append(_first_64_bits(rows["sha256"].to_pylist()))
+        hashed = (int.from_bytes(hashlib.blake2b(url.encode(), digest_size=8).digest(), "big") for url in urls)
+        hashes.append(np.fromiter(hashed, dtype=np.uint64, count=len(urls)))
+    image = np.concatenate(images)
+    exchange.write(path, {"image": image, "url": np.concatenate(hashes)}, exchange.by_hash(image, num_partitions))
+
+
+def write_counts(urls: Pass, partition: int, path: str) -> None:
+    """None; writes (image, URLs) of the partition's images that have more than one URL."""
+    rows = exchange.read(urls.paths, partition)
+    pairs = np.empty((0, 2), np.uint64)
+    if rows is not None:
+        pairs = np.unique(np.stack([rows["image"].to_numpy(), rows["url"].to_numpy()], axis=1), axis=0)
+    images, counts = np.unique(pairs[:, 0], return_counts=True)
+    several = counts > 1
+    exchange.write(path, {"image": images[several], "urls": counts[several].astype(np.int32)})
 
 
 def _first_64_bits(digests: Sequence[str]) -> np.ndarray:

@@ -48,6 +48,15 @@ def parse(column: pa.ChunkedArray | pa.Array, place: str) -> np.ndarray:
     return pairs.view(">u8").astype(np.uint64)
 
 
+def text(uids: np.ndarray) -> pa.Array:
+    """[n] strings of 32 hex digits of [n, 2] uint64: what `parse` reads."""
+    data = np.ascontiguousarray(uids).astype(">u8").view(np.uint8)
+    digits = np.frombuffer(b"0123456789abcdef", dtype=np.uint8)
+    nibbles = np.stack([digits[data >> 4], digits[data & 15]], axis=-1)
+    offsets = pa.array(np.arange(len(uids) + 1, dtype=np.int32) * 32).buffers()[1]
+    return pa.StringArray.from_buffers(len(uids), offsets, pa.py_buffer(nibbles.tobytes()))
+
+
 def mix(values: np.ndarray) -> np.ndarray:
     """[n] uint64: splitmix64's finaliser, a bijection that spreads every bit over all others."""
     values = values ^ (values >> np.uint64(30))

@@ -1,0 +1,181 @@
+"""From edges between rows to columns: which group of duplicates a row is in, how large it is, and who survives.
+
+What every stage of duplicates shares. A subclass finds the edges; groups are their connected components. The survivor
+of a group is its row with the highest value of `keep`, rows without a value last, and among equals the one with the
+lowest uid: never the one that came first, so it is the same whatever the order of shards or of completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.core import exchange, storage
+from pipeline.core.passes import Pass, Passes
+from stages.base import FACTS, Batch, LoadContext, Stage
+from stages.duplicates.components import components
+from stages.pool_blocks import Block
+from stages.selection import uids
+
+GROUPS = "groups"  # the pass that load() reads
+PARTITION_ROWS = 4_000_000  # rows with duplicates that are put in order in memory at once: about 100 bytes each
+
+
+def group_columns(prefix: str) -> dict[str, str]:
+    """{column: type} of the columns that a stage of duplicates adds."""
+    return {
+        f"{prefix}_group": "string",
+        f"{prefix}_group_size": "int32",
+        f"{prefix}_is_duplicate": "bool",
+        f"{prefix}_survivor": "string",
+    }
+
+
+@dataclass(frozen=True)
+class DuplicateStage(Stage):
+    """Four columns: group (the lowest uid in it), group size, whether the row is a duplicate, and the survivor's uid.
+
+    A row without duplicates has no group and no survivor, and size 1. Nothing is ever deleted: a strategy says
+    `where: [..._is_duplicate == false]`.
+    """
+
+    keep: str = ""  # the numeric column whose highest value survives; empty: the lowest uid does
+
+    reads: ClassVar[str] = "columns"
+    whole_pool: ClassVar[bool] = True
+
+    def find_edges(self, blocks: Sequence[Block], passes: Passes) -> tuple[list[Pass], dict[str, Any]]:
+        """Passes of (a, b), uint64 numbers of rows that are duplicates of each other; and facts about them."""
+        raise NotImplementedError
+
+    def compared(self) -> tuple[str, ...]:
+        """The columns that find_edges reads."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*self.compared(), *([self.keep] if self.keep else []))
+
+    def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
+        work = passes.within("passes")
+        edges, facts = self.find_edges(blocks, work)
+        starts = np.array([block.first_row for block in blocks], dtype=np.uint64)
+        labels, rounds = components(edges, work.within("components"), starts)
+        num_partitions = max(1, -(-exchange.num_rows(labels.paths) // PARTITION_ROWS))
+        members = work.run("members", write_members, [(block, labels, self.keep, num_partitions) for block in blocks])
+        sizes = [shard.rows for block in blocks for shard in block.shards]
+        shard_starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint64)
+        groups = passes.run(GROUPS, write_groups, [(members, number, shard_starts) for number in range(num_partitions)])
+        storage.delete(work.folder)
+        names = [shard.name for block in blocks for shard in block.shards]
+        return {**facts, **exchange.read_notes(groups.paths), "component_rounds": rounds, "shards": names}
+
+    def load(self, context: LoadContext) -> Any:
+        """Reads the groups of a shard; keeps those of the last one."""
+        return _Groups(context.fit_path or "")
+
+    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
+        found = state.of_shard(batch.shard)
+        rows = found["row"].to_numpy()
+        places = np.searchsorted(rows, batch.rows)
+        places[places == len(rows)] = 0
+        grouped = rows[places] == batch.rows if len(rows) else np.zeros(len(batch), dtype=bool)
+        group, size, duplicate, survivor = (
+            found[name].take(pa.array(places, mask=~grouped)) for name in ("group", "size", "is_duplicate", "survivor")
+        )
+        return dict(zip(self.adds, (group, size.fill_null(1), duplicate.fill_null(False), survivor), strict=True))
+
+
+class _Groups:
+    def __init__(self, fit_path: str):
+        folder = storage.join(fit_path, GROUPS)
+        self._paths = [storage.join(folder, name) for name in storage.list_files(folder)]
+        self._numbers = {
+            name: number for number, name in enumerate(storage.read_json(storage.join(fit_path, FACTS))["shards"])
+        }
+        self._shard = ""
+        self._table = _NO_ROWS
+
+    def of_shard(self, name: str) -> pa.Table:
+        """(row in the shard, group, size, is_duplicate, survivor), by row."""
+        if name != self._shard:
+            table = exchange.read(self._paths, self._numbers[name])
+            self._table = _NO_ROWS if table is None else table.sort_by("row").combine_chunks()
+            self._shard = name
+        return self._table
+
+
+_NO_ROWS = pa.table(
+    {
+        "row": pa.array([], pa.int64()),
+        "group": pa.array([], pa.string()),
+        "size": pa.array([], pa.int32()),
+        "is_duplicate": pa.array([], pa.bool_()),
+        "survivor": pa.array([], pa.string()),
+    }
+)
+
+
+def write_members(block: Block, labels: Pass, keep: str, num_partitions: int, path: str) -> None:
+    """None; writes (row, label, uid, value to keep by) of the block's rows that are in a group, by group."""
+    found = exchange.read(labels.paths, block.number)
+    row = label = np.empty(0, np.uint64)
+    if found is not None:
+        row, first = np.unique(found["row"].to_numpy(), return_index=True)
+        label = found["label"].to_numpy()[first]
+    ids, values = [np.empty((0, 2), np.uint64)], [np.empty(0)]
+    start = block.first_row
+    for shard in block.shards:
+        wanted = row[np.searchsorted(row, start) : np.searchsorted(row, start + shard.rows)] - np.uint64(start)
+        if len(wanted):
+            table = block.table(shard, ["uid", *([keep] if keep else [])]).take(wanted)
+            ids.append(uids.parse(table["uid"], f"pool shard {shard.name}"))
+            values.append(_numbers(table[keep]) if keep else np.zeros(len(wanted)))
+        start += shard.rows
+    uid = np.concatenate(ids)
+    columns = {"row": row, "label": label, "high": uid[:, 0], "low": uid[:, 1], "value": np.concatenate(values)}
+    exchange.write(path, columns, exchange.by_hash(uids.mix(label), num_partitions))
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """[n] float64; NaN where there is no value."""
+    return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def write_groups(members: Pass, partition: int, shard_starts: np.ndarray, path: str) -> None:
+    """None; writes (row in the shard, group, size, is_duplicate, survivor) of the partition's groups, by shard.
+
+    Args:
+        shard_starts: [num_shards] uint64 number of each shard's first row.
+    """
+    table = exchange.read(members.paths, partition)
+    if table is None:
+        exchange.write(path, {name: _NO_ROWS[name] for name in _NO_ROWS.column_names}, notes=_counts(0, 0))
+        return
+    row, label, high, low, value = (table[name].to_numpy() for name in ("row", "label", "high", "low", "value"))
+    order = np.lexsort((low, high, np.where(np.isnan(value), np.inf, -value), label))
+    row, label, uid = row[order], label[order], np.stack([high[order], low[order]], axis=1)
+    starts = np.flatnonzero(np.diff(label, prepend=~label[:1]))
+    sizes = np.diff(starts, append=len(label))
+    survivor = np.repeat(uid[starts], sizes, axis=0)
+    by_uid = np.lexsort((low, high, table["label"].to_numpy()))  # the same groups at the same places
+    lowest = np.repeat(np.stack([high, low], axis=1)[by_uid][starts], sizes, axis=0)
+    duplicate = np.ones(len(row), dtype=bool)
+    duplicate[starts] = False
+    shard = np.searchsorted(shard_starts, row, side="right") - 1
+    columns = {
+        "row": (row - shard_starts[shard]).astype(np.int64),
+        "group": uids.text(lowest),
+        "size": np.repeat(sizes, sizes).astype(np.int32),
+        "is_duplicate": duplicate,
+        "survivor": uids.text(survivor),
+    }
+    exchange.write(path, columns, shard, notes=_counts(len(starts), int(duplicate.sum())))
+
+
+def _counts(num_groups: int, num_duplicates: int) -> dict[str, int]:
+    return {"groups": num_groups, "duplicates": num_duplicates}
