@@ -15,6 +15,8 @@ STAGES = {
     "language": "stages.columns.language:Language",
     "hashes": "stages.columns.hashes:Hashes",
     "placeholders": "stages.columns.placeholders:Placeholders",
+    "minhash": "stages.columns.minhash:MinHash",
+    "caption_duplicates": "stages.columns.caption_duplicates:CaptionDuplicates",
     "clip": "stages.columns.clip:Clip",
 }
 

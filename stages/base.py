@@ -35,7 +35,7 @@ class Batch:
     images: Sequence[Any] | None = None
 
     def __len__(self) -> int:
-        return len(self.columns["uid"])
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Stage:
     uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
     whole_pool: ClassVar[bool] = False  # True: `fit` comes first, and any change of the pool makes all files stale
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
+
+    @property
+    def needs_in_process(self) -> tuple[str, ...]:
+        """Those of `needs` that process() reads; a stage of the whole pool may need them in `fit` alone."""
+        return self.needs
 
     def external_files(self) -> Mapping[str, str]:
         """{parameter: path} of files outside the pool that decide values; their content is part of the identity."""

@@ -106,12 +106,12 @@ def _score_group(
     table = group.rows.take(ok_rows)
     sides_px = (table[name].fill_null(0).to_numpy().astype(np.int64) for name in ("width_px", "height_px"))
     pixels = np.multiply(*sides_px)  # zeros before a download
-    columns = {name: values.to_pylist() for name, values in zip(table.column_names, table.columns, strict=True)}
+    shared = _Lists({name: table[name] for name in table.column_names})
     own = []  # of each stage: its columns of the group
     queues = []  # of each stage: the ends of the batches that are left, the next one last
     for writer, needed in zip(writers, group.columns, strict=True):
         extra = needed.take(ok_rows) if needed is not None else None
-        own.append(columns | {name: _values(extra[name]) for name in (extra.column_names if extra is not None else ())})
+        own.append(_Lists({name: extra[name] for name in extra.column_names} if extra is not None else {}, shared))
         of_stage = pixels if writer.entry.stage.reads == "pixels" else None
         queues.append(_batch_ends(len(ok_rows), writer.entry.rows_per_call, of_stage)[::-1])
     starts = [0] * len(writers)
@@ -126,7 +126,7 @@ def _score_group(
             while queue and queue[-1] <= block.stop:
                 start, stop = starts[at], queue.pop()
                 batch = Batch(
-                    {name: values[start:stop] for name, values in own[at].items()},
+                    _Slices(own[at], start, stop),
                     shard.name,
                     group.first_row + ok_rows[start:stop],
                     window["bytes"].get(start, stop) if reads in window else None,
@@ -155,6 +155,45 @@ def _batch_ends(num_rows: int, rows_per_call: int, pixels: np.ndarray | None) ->
             ends.append(start)
         ends.append(last)
     return ends
+
+
+class _Lists(Mapping):
+    """Columns of a group of rows as lists, each made when it is first asked for."""
+
+    def __init__(self, columns: Mapping[str, pa.ChunkedArray], beneath: Mapping[str, list] | None = None):
+        self._columns = columns
+        self._beneath = beneath or {}
+        self._lists: dict[str, list] = {}
+
+    def __getitem__(self, name: str) -> list:
+        if name not in self._columns:
+            return self._beneath[name]
+        if name not in self._lists:
+            self._lists[name] = _values(self._columns[name])
+        return self._lists[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._beneath, **self._columns})
+
+    def __len__(self) -> int:
+        return len({**self._beneath, **self._columns})
+
+
+class _Slices(Mapping):
+    """The same rows of each of a group's columns."""
+
+    def __init__(self, columns: Mapping[str, list], start: int, stop: int):
+        self._columns = columns
+        self._rows = slice(start, stop)
+
+    def __getitem__(self, name: str) -> list:
+        return self._columns[name][self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 class _Window:
@@ -212,7 +251,7 @@ def _groups(
     carried = set()  # needed columns that the pool itself has, beyond those that every pool has
     for entry in stages:
         sources.append({})
-        for name in entry.stage.needs:
+        for name in entry.stage.needs_in_process:
             column = entry.columns.get(name)
             if column is None:
                 carried.add(name)
@@ -267,10 +306,16 @@ class _Writer:
         fields = [("uid", pa.string()), *((name, ARROW_TYPES[kind]) for name, kind in entry.stage.adds.items())]
         self.schema = pa.schema(fields, metadata={pool.SHARD_DIGEST: shard.digest, **entry.stage.notes()})
         self.temporary = stack.enter_context(storage.write_file(file_path(entry.out_path, shard)))
-        repeated = [name for name, kind in fields if kind != pa.binary()]  # bytes of hashes never repeat
-        self.file = stack.enter_context(
-            pq.ParquetWriter(self.temporary, self.schema, compression="zstd", version="2.6", use_dictionary=repeated)
+        hashes = [field.name for field in self.schema if field.type == pa.binary()]  # neither repeat nor shrink
+        others = [name for name in self.schema.names if name not in hashes]
+        writer = pq.ParquetWriter(
+            self.temporary,
+            self.schema,
+            compression=dict.fromkeys(others, "zstd") | dict.fromkeys(hashes, "none"),
+            use_dictionary=others,
+            version="2.6",
         )
+        self.file = stack.enter_context(writer)
         self.parts: dict[str, list[pa.Array]] = {name: [] for name in entry.stage.adds}
 
     def process(self, batch: Batch) -> None:
@@ -309,7 +354,10 @@ class _Writer:
 
 def _arrow(values: Sequence, kind: str) -> pa.Array:
     if kind != "float16[]":
-        array = pa.array(values)  # its own type first: pyarrow would cut 1.5 to an int32 without a word
+        if isinstance(values, pa.ChunkedArray):
+            values = values.combine_chunks()
+        # Its own type first: pyarrow would cut 1.5 to an int32 without a word.
+        array = values if isinstance(values, pa.Array) else pa.array(values)
         families = {"bool": pa.types.is_boolean, "string": pa.types.is_string, "binary": pa.types.is_binary}
         family = families.get(kind, pa.types.is_primitive)
         if not (family(array.type) or pa.types.is_null(array.type)):

@@ -47,6 +47,7 @@ class DuplicateStage(Stage):
 
     reads: ClassVar[str] = "columns"
     whole_pool: ClassVar[bool] = True
+    batch_size: ClassVar[int] = 4096
 
     def find_edges(self, blocks: Sequence[Block], passes: Passes) -> tuple[list[Pass], dict[str, Any]]:
         """Passes of (a, b), uint64 numbers of rows that are duplicates of each other; and facts about them."""
@@ -59,6 +60,10 @@ class DuplicateStage(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.compared(), *([self.keep] if self.keep else []))
+
+    @property
+    def needs_in_process(self) -> tuple[str, ...]:
+        return ()
 
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
         work = passes.within("passes")

@@ -9,17 +9,12 @@ bytes.
 
 from __future__ import annotations
 
-import threading
-import warnings
-
 import cv2
-import numba
 import numpy as np
-from numba.core.errors import NumbaWarning
+
+from stages.compiled import Compiled
 
 _ROUND = np.float32(12_582_912)  # 1.5 * 2**23: added and subtracted again, it rounds a small float32 half to even
-_compiled = None
-_compile_lock = threading.Lock()
 
 
 def area_resize(pixels: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
@@ -29,34 +24,10 @@ def area_resize(pixels: np.ndarray, height_px: int, width_px: int) -> np.ndarray
     if whole_factors or height_px > source_height_px or width_px > source_width_px:
         # Whole factors have exact integer paths in OpenCV; where one axis grows its area filter is a linear one.
         return cv2.resize(pixels, (width_px, height_px), interpolation=cv2.INTER_AREA)
-    return _kernel()(np.ascontiguousarray(pixels), height_px, width_px)
-
-
-def _kernel():
-    """The compiled kernel; compiled once a process, and kept on disk where the disk can be written."""
-    global _compiled
-    if _compiled is None:
-        with _compile_lock:
-            if _compiled is None:
-                _compiled = _compile(cache=True) or _compile(cache=False)
-    return _compiled
-
-
-def _compile(cache: bool):
-    """The kernel compiled for its one signature, or None where there is no place for the cache."""
-    signature = numba.uint8[:, :, ::1](numba.types.Array(numba.uint8, 3, "C", readonly=True), numba.int64, numba.int64)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NumbaWarning)  # a cache that can't be written is no news to a user
-            return numba.njit(signature, nogil=True, cache=cache)(_area_mean)
-    except (RuntimeError, OSError):  # numba finds no folder for its cache, or may not write there
-        if not cache:
-            raise
-        return None
+    return _mean(np.ascontiguousarray(pixels), height_px, width_px)
 
 
 def _area_mean(pixels, height_px, width_px):
-    """The area average, as one function so that its cache is one entry."""
     source_height_px, source_width_px, _ = pixels.shape
     # OpenCV's weights of an axis: the covered part of each source cell, cells covered by less than 1e-3 left out.
     firsts = []
@@ -123,3 +94,6 @@ def _area_mean(pixels, height_px, width_px):
                     value += total[i + np.uint64(3 * k)] * weight_x[x, k]
                 result[y, x, channel] = np.uint8(np.int32((value + _ROUND) - _ROUND))
     return result
+
+
+_mean = Compiled(_area_mean, 'uint8[:, :, ::1](Array(uint8, 3, "C", readonly=True), int64, int64)')
