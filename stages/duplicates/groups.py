@@ -16,12 +16,14 @@ import pyarrow as pa
 
 from pipeline.core import exchange, storage
 from pipeline.core.passes import Pass, Passes
-from stages.base import FACTS, Batch, LoadContext, Stage
+from stages.base import Batch, LoadContext, Stage
 from stages.duplicates.components import components
 from stages.pool_blocks import Block
 from stages.selection import uids
+from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
 
 GROUPS = "groups"  # the pass that load() reads
+TYPES = {"group": pa.string(), "size": pa.int32(), "is_duplicate": pa.bool_(), "survivor": pa.string()}
 PARTITION_ROWS = 4_000_000  # rows with duplicates that are put in order in memory at once: about 100 bytes each
 
 
@@ -68,61 +70,27 @@ class DuplicateStage(Stage):
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
         work = passes.within("passes")
         edges, facts = self.find_edges(blocks, work)
-        starts = np.array([block.first_row for block in blocks], dtype=np.uint64)
-        labels, rounds = components(edges, work.within("components"), starts)
+        block_starts = np.array([block.first_row for block in blocks], dtype=np.uint64)
+        labels, rounds = components(edges, work.within("components"), block_starts)
         num_partitions = max(1, -(-exchange.num_rows(labels.paths) // PARTITION_ROWS))
         members = work.run("members", write_members, [(block, labels, self.keep, num_partitions) for block in blocks])
-        sizes = [shard.rows for block in blocks for shard in block.shards]
-        shard_starts = np.cumsum([0, *sizes[:-1]], dtype=np.uint64)
-        groups = passes.run(GROUPS, write_groups, [(members, number, shard_starts) for number in range(num_partitions)])
+        starts = shard_starts(blocks)
+        groups = passes.run(GROUPS, write_groups, [(members, number, starts) for number in range(num_partitions)])
         storage.delete(work.folder)
-        names = [shard.name for block in blocks for shard in block.shards]
-        return {**facts, **exchange.read_notes(groups.paths), "component_rounds": rounds, "shards": names}
+        return {**facts, **exchange.read_notes(groups.paths), "component_rounds": rounds, SHARDS: shard_names(blocks)}
 
     def load(self, context: LoadContext) -> Any:
-        """Reads the groups of a shard; keeps those of the last one."""
-        return _Groups(context.fit_path or "")
+        return ShardValues(context.fit_path or "", GROUPS, TYPES)
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        found = state.of_shard(batch.shard)
-        rows = found["row"].to_numpy()
-        places = np.searchsorted(rows, batch.rows)
-        places[places == len(rows)] = 0
-        grouped = rows[places] == batch.rows if len(rows) else np.zeros(len(batch), dtype=bool)
-        group, size, duplicate, survivor = (
-            found[name].take(pa.array(places, mask=~grouped)) for name in ("group", "size", "is_duplicate", "survivor")
+        found = state.of(batch)
+        columns = (
+            found["group"],
+            found["size"].fill_null(1),
+            found["is_duplicate"].fill_null(False),
+            found["survivor"],
         )
-        return dict(zip(self.adds, (group, size.fill_null(1), duplicate.fill_null(False), survivor), strict=True))
-
-
-class _Groups:
-    def __init__(self, fit_path: str):
-        folder = storage.join(fit_path, GROUPS)
-        self._paths = [storage.join(folder, name) for name in storage.list_files(folder)]
-        self._numbers = {
-            name: number for number, name in enumerate(storage.read_json(storage.join(fit_path, FACTS))["shards"])
-        }
-        self._shard = ""
-        self._table = _NO_ROWS
-
-    def of_shard(self, name: str) -> pa.Table:
-        """(row in the shard, group, size, is_duplicate, survivor), by row."""
-        if name != self._shard:
-            table = exchange.read(self._paths, self._numbers[name])
-            self._table = _NO_ROWS if table is None else table.sort_by("row").combine_chunks()
-            self._shard = name
-        return self._table
-
-
-_NO_ROWS = pa.table(
-    {
-        "row": pa.array([], pa.int64()),
-        "group": pa.array([], pa.string()),
-        "size": pa.array([], pa.int32()),
-        "is_duplicate": pa.array([], pa.bool_()),
-        "survivor": pa.array([], pa.string()),
-    }
-)
+        return dict(zip(self.adds, columns, strict=True))
 
 
 def write_members(block: Block, labels: Pass, keep: str, num_partitions: int, path: str) -> None:
@@ -151,35 +119,34 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     return column.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
-def write_groups(members: Pass, partition: int, shard_starts: np.ndarray, path: str) -> None:
+def write_groups(members: Pass, partition: int, starts: np.ndarray, path: str) -> None:
     """None; writes (row in the shard, group, size, is_duplicate, survivor) of the partition's groups, by shard.
 
     Args:
-        shard_starts: [num_shards] uint64 number of each shard's first row.
+        starts: see stages.shard_values.shard_starts.
     """
     table = exchange.read(members.paths, partition)
     if table is None:
-        exchange.write(path, {name: _NO_ROWS[name] for name in _NO_ROWS.column_names}, notes=_counts(0, 0))
+        nothing = {name: pa.array([], kind) for name, kind in TYPES.items()}
+        write_by_shard(path, np.empty(0, np.uint64), nothing, starts, _counts(0, 0))
         return
     row, label, high, low, value = (table[name].to_numpy() for name in ("row", "label", "high", "low", "value"))
     order = np.lexsort((low, high, np.where(np.isnan(value), np.inf, -value), label))
     row, label, uid = row[order], label[order], np.stack([high[order], low[order]], axis=1)
-    starts = np.flatnonzero(np.diff(label, prepend=~label[:1]))
-    sizes = np.diff(starts, append=len(label))
-    survivor = np.repeat(uid[starts], sizes, axis=0)
+    heads = np.flatnonzero(np.diff(label, prepend=~label[:1]))
+    sizes = np.diff(heads, append=len(label))
+    survivor = np.repeat(uid[heads], sizes, axis=0)
     by_uid = np.lexsort((low, high, table["label"].to_numpy()))  # the same groups at the same places
-    lowest = np.repeat(np.stack([high, low], axis=1)[by_uid][starts], sizes, axis=0)
+    lowest = np.repeat(np.stack([high, low], axis=1)[by_uid][heads], sizes, axis=0)
     duplicate = np.ones(len(row), dtype=bool)
-    duplicate[starts] = False
-    shard = np.searchsorted(shard_starts, row, side="right") - 1
+    duplicate[heads] = False
     columns = {
-        "row": (row - shard_starts[shard]).astype(np.int64),
         "group": uids.text(lowest),
         "size": np.repeat(sizes, sizes).astype(np.int32),
         "is_duplicate": duplicate,
         "survivor": uids.text(survivor),
     }
-    exchange.write(path, columns, shard, notes=_counts(len(starts), int(duplicate.sum())))
+    write_by_shard(path, row, columns, starts, _counts(len(heads), int(duplicate.sum())))
 
 
 def _counts(num_groups: int, num_duplicates: int) -> dict[str, int]:
