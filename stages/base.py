@@ -73,6 +73,14 @@ class Stage:
         """{parameter: path} of files outside the pool that decide values; their content is part of the identity."""
         return {}
 
+    def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
+        """None. Raises ConfigError, without a place, when a needed column can't serve.
+
+        Args:
+            types: {needed column: its type, as in `adds`}.
+            owners: {needed column: the stage that adds it}, of those that are not the pool's own.
+        """
+
     def notes(self) -> Mapping[str, str]:
         """What the stage's column files say of themselves, for later stages that read them."""
         return {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasketch import MinHash, MinHashLSH
 
-from pipeline.core.errors import ConfigError, WinnowError
+from pipeline.core.errors import ConfigError
 from stages import build_stage
 from stages.duplicates import band_join, components, groups, verify
 from stages.duplicates.bands import band_keys, choose_bands, found_probability
@@ -235,8 +235,16 @@ def test_a_resumed_fit_goes_on_from_its_files(tmp_path, monkeypatch):
     assert not passes.exists()
 
 
-def test_what_does_not_fit_together_is_named(tmp_path):
+def test_what_does_not_fit_together_is_named():
     with pytest.raises(ConfigError, match="bands = 3, rows = None, expected both or none"):
         build_stage("caption_duplicates", {"bands": 3}, "")
-    with pytest.raises(WinnowError, match="30 bands of 6 rows, expected at most 128 rows"):
-        run(tmp_path, ["a b", "c"], bands=30, rows=6)
+    owners = {"minhash_signature": build_stage("minhash", {}, "")}
+    types = {"minhash_signature": "binary", "language": "string"}
+    for parameters, message in (
+        ({"bands": 30, "rows": 6}, "bands = 30, rows = 6: 180, expected at most minhash's 128 permutations"),
+        ({"threshold": 0.01}, "threshold = 0.01: 128 permutations can't find pairs at 0.01 with probability 0.9"),
+        ({"keep": "language"}, "keep = language, expected a column of numbers, found string"),
+        ({"signatures": "language"}, "signatures = language, expected a column of the stage minhash"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build_stage("caption_duplicates", parameters, "").check_needs(types, owners)

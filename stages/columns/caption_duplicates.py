@@ -9,8 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.core.errors import ConfigError, WinnowError
+from pipeline.core.errors import ConfigError
 from pipeline.core.passes import Pass, Passes
+from stages.base import Stage
+from stages.columns.minhash import NOTES, MinHash
 from stages.duplicates.bands import choose_bands, found_probability
 from stages.duplicates.groups import DuplicateStage, group_columns
 from stages.pool_blocks import Block
@@ -50,26 +52,31 @@ class CaptionDuplicates(DuplicateStage):
     def compared(self) -> tuple[str, ...]:
         return (self.signatures,)
 
-    def find_edges(self, blocks: Sequence[Block], passes: Passes) -> tuple[list[Pass], dict[str, Any]]:
-        from stages.columns.minhash import NOTES
-        from stages.duplicates.band_join import BandJoin, edges
-        from stages.duplicates.shingles import Shingling
+    def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
+        super().check_needs(types, owners)
+        minhash = owners.get(self.signatures)
+        if not isinstance(minhash, MinHash):
+            raise ConfigError(f"signatures = {self.signatures}, expected a column of the stage minhash")
+        bands, rows = self.bands_and_rows(minhash.num_permutations)
+        if bands * rows > minhash.num_permutations:
+            expected = f"at most minhash's {minhash.num_permutations} permutations"
+            raise ConfigError(f"bands = {bands}, rows = {rows}: {bands * rows}, expected {expected}")
 
-        notes = blocks[0].metadata(self.signatures).get(NOTES.encode())
-        if notes is None:
-            raise WinnowError(f"caption_duplicates.signatures = {self.signatures}, expected a column of minhash")
-        made_by = json.loads(notes)
-        permutations = made_by["num_permutations"]
-        bands, rows = self.bands, self.rows
-        if bands is None or rows is None:
-            try:
-                bands, rows = choose_bands(self.threshold, permutations, self.recall)
-            except ValueError as error:
-                raise WinnowError(f"caption_duplicates.threshold: {error}, expected a higher one") from error
-        if bands * rows > permutations:
-            raise WinnowError(f"caption_duplicates: {bands} bands of {rows} rows, expected at most {permutations} rows")
-        shingling = Shingling(made_by["shingle"], made_by["shingle_size"], made_by["max_chars"])
-        join = BandJoin(self.signatures, shingling if self.verify == "jaccard" else None, self.threshold, bands, rows)
-        found, facts = edges(blocks, passes, join)
+    def bands_and_rows(self, num_permutations: int) -> tuple[int, int]:
+        """Bands and rows of the LSH. Raises ConfigError when none do."""
+        if self.bands is not None and self.rows is not None:
+            return self.bands, self.rows
+        try:
+            return choose_bands(self.threshold, num_permutations, self.recall)
+        except ValueError as error:
+            raise ConfigError(f"threshold = {self.threshold}: {error}, expected a higher one") from error
+
+    def find_edges(self, blocks: Sequence[Block], passes: Passes) -> tuple[list[Pass], dict[str, Any]]:
+        from stages.duplicates.band_join import BandJoin, edges
+
+        minhash = MinHash(**json.loads(blocks[0].metadata(self.signatures)[NOTES.encode()]))
+        bands, rows = self.bands_and_rows(minhash.num_permutations)
+        shingling = minhash.shingling if self.verify == "jaccard" else None
+        found, facts = edges(blocks, passes, BandJoin(self.signatures, shingling, self.threshold, bands, rows))
         expected = round(found_probability(self.threshold, bands, rows), 4)
         return found, {**facts, "bands": bands, "rows_a_band": rows, "expected_recall_at_threshold": expected}

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core import exchange, storage
+from pipeline.core.errors import ConfigError
 from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
 from stages.duplicates.components import components
@@ -66,6 +67,10 @@ class DuplicateStage(Stage):
     @property
     def needs_in_process(self) -> tuple[str, ...]:
         return ()
+
+    def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
+        if self.keep and types[self.keep] not in ("int32", "int64", "float32"):
+            raise ConfigError(f"keep = {self.keep}, expected a column of numbers, found {types[self.keep]}")
 
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
         work = passes.within("passes")
