@@ -38,7 +38,7 @@ from stages.column_files import Column
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, train_set
-from stages.stage_worker import StageJob, StageWorker, fit, fit_path
+from stages.stage_worker import Reference, StageJob, StageWorker, fit, fit_path
 from training.recipe import Recipe
 from training.worker import train_on_ray
 
@@ -291,14 +291,17 @@ class Executor:
             for step in steps
             for shard in planning.stale_shards(step, statuses[step.name].record, statuses)
         }
-        jobs = []
-        for step in steps:
-            columns = self._columns(step, statuses)
-            jobs.append(
-                StageJob(
-                    step.work, _path(statuses, step.name), columns, self._model(step, statuses), resources.batch_size
-                )
+        jobs = [
+            StageJob(
+                step.work,
+                _path(statuses, step.name),
+                self._columns(step, statuses),
+                self._model(step, statuses),
+                resources.batch_size,
+                self._references(step, statuses),
             )
+            for step in steps
+        ]
         fit_facts: dict[str, Any] = {}
         if jobs[0].stage.whole_pool:  # which is in a group of its own
             self.progress.start(f"{label}/fit", 0, "passes")
@@ -346,12 +349,19 @@ class Executor:
             lambda name, done, total: self.progress.advance(label, note=f"{name} {done}/{total}"),
         )
 
-    def _columns(self, step: Step, statuses: Mapping[str, Status]) -> dict[str, Column]:
-        """{name in the config: where it is stored} of the stages' columns that a step reads."""
-        names = {
-            role.removeprefix("column/"): owner for role, owner in step.inputs.items() if role.startswith("column/")
-        }
+    def _columns(self, step: Step, statuses: Mapping[str, Status], prefix: str = "column/") -> dict[str, Column]:
+        """{name in the config: where it is stored} of the stages' columns that a step reads in roles of the prefix."""
+        names = {role.removeprefix(prefix): owner for role, owner in step.inputs.items() if role.startswith(prefix)}
         return {name: Column(_path(statuses, owner), self.plan.columns[name][1]) for name, owner in names.items()}
+
+    def _references(self, step: Step, statuses: Mapping[str, Status]) -> dict[str, Reference]:
+        """{name: pool and columns} of what a stage compares the pool with."""
+        found = {}
+        for name in planning.references_of(step):
+            source = step.inputs[planning.reference_role(name, "pool")]
+            columns = self._columns(step, statuses, planning.reference_role(name, "column/"))
+            found[name] = Reference(_path(statuses, source), pool.shards(statuses[source].record or {}), columns)
+        return found
 
     def _model(self, step: Step, statuses: Mapping[str, Status]) -> Mapping[str, Any] | None:
         """What pipeline.core.clip_model.load takes, for a stage that names a model."""
@@ -616,6 +626,11 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
                 "title": data.task.title,
             }
         )
+    contamination = [
+        {"stage": alias, "path": made(alias), "error": error(alias)}
+        for alias, step in plan.steps.items()
+        if isinstance(step.work, Stage) and step.work.uses_references and step.work.against == planning.TASKS
+    ]
     runs = [(strategy, seed) for strategy in plan.config.compare for seed in plan.config.train.seeds]
     return {
         "config_name": name,
@@ -657,6 +672,7 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
             for strategy, seed in runs
             for task in tasks
         ],
+        "contamination": contamination,
         "baseline": plan.config.baseline or plan.config.compare[0],
     }
 

@@ -2,6 +2,7 @@
 
     pool -> stages' columns -> selection -> train_set -> train (per seed) -> eval (per task)
       ^      ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
+      ^      ^ or references: pools of their own (a task's images among them), with columns of their own
       ^ where the source is a table of URLs: urls -> columns that need no image -> selection -> download
 
 A step makes one artifact. Its identity is its values and the digests of its inputs' content, so it is known once the
@@ -26,6 +27,7 @@ from stages.base import Stage
 from stages.column_files import ARROW_TYPES, POOL_TYPES
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
+from stages.ingest.samples import ORIGINAL_FILE, ORIGINAL_NAME
 from stages.selection import choose, train_set
 from stages.selection import strategies as algebra
 from training import ledger, recipe
@@ -36,6 +38,7 @@ BEFORE_IMAGES = ("caption", "columns")  # what a stage may read there
 DOWNLOAD_TYPES = {
     column: name for column, kind in download.COLUMNS.items() for name, known in ARROW_TYPES.items() if known == kind
 }
+TASKS = "tasks"  # what a stage is `against` that compares the pool with the images of all tasks
 DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
 
 
@@ -174,6 +177,14 @@ def build(config: Config, place: str) -> Plan:
             if owner is None:
                 raise ConfigError(f"{place}: stages.{alias} needs the column {column}, which no stage adds")
             inputs[f"column/{column}"] = add_stage(owner, pool_step)
+        if stage.uses_references:
+            inputs |= add_references(alias, stage)
+        try:
+            owners = {column: owner_of(column) for column in stage.needs}
+            types = {column: column_types[column] for column in stage.needs}
+            stage.check_needs(types, {column: stages[owner] for column, owner in owners.items() if owner})
+        except ConfigError as error:
+            raise ConfigError(f"{place}: stages.{alias}.{error}") from error
         values: dict[str, Any] = {"fields": _fields(stage)}
         for parameter, path in stage.external_files().items():
             values["fields"][parameter] = _file_digest(path, f"{place}: stages.{alias}.{parameter}")
@@ -192,6 +203,42 @@ def build(config: Config, place: str) -> Plan:
         add(Step(step_name, stage_name(stage), stage.version, values, inputs, resources=alias, work=stage))
         if pool_step == "pool":
             columns.update(dict(zip(stage_columns(alias, stage), ((alias, own) for own in stage.adds), strict=True)))
+        return step_name
+
+    def add_references(alias: str, stage: Stage) -> dict[str, str]:
+        """The inputs of a stage that are the pools it compares with, and their columns: see reference_role."""
+        against = stage.against  # type: ignore[attr-defined]
+        where = f"{place}: stages.{alias}.against"
+        if against != TASKS:
+            for name in against:
+                if name not in config.references:
+                    hint = suggestion(name, config.references)
+                    raise ConfigError(f"{where}: {name}, expected {TASKS} or names of references.{hint}")
+            if len(set(against)) < len(against):
+                raise ConfigError(f"{where} = {', '.join(against)}, expected each reference once")
+        elif config.eval.root == DEMO:
+            raise ConfigError(f"{where} = {TASKS}: the demo world draws its tasks apart, so no pool has their images")
+        inputs = {}
+        for name in tasks if against == TASKS else against:
+            pool_step = add_task_images(name) if against == TASKS else f"reference/{name}"
+            inputs[reference_role(name, "pool")] = pool_step
+            for column in stage.needs:
+                owner = owner_of(column)
+                if owner:
+                    inputs[reference_role(name, f"column/{column}")] = add_stage(owner, pool_step)
+                elif column not in (POOL_TYPES if against == TASKS else reference_types[name]):
+                    raise ConfigError(f"{place}: stages.{alias} needs the column {column}, which {name} does not have")
+        return inputs
+
+    def add_task_images(task: str) -> str:
+        """The pool of a task's images, which keep the names that they have there."""
+        step_name, data = f"reference/task_{task}", tasks[task]
+        assert data is not None  # a task of the demo world is refused before
+        if step_name not in steps:
+            path = storage.join(data.path, eval_tasks.SPLIT)
+            carry = {ORIGINAL_FILE: "string", ORIGINAL_NAME: "string"}
+            source = PoolConfig(source={"path": path, "layout": "clip_benchmark", "carry": carry})
+            add(_read_step(step_name, source, f"{place}: eval: task {task}"))
         return step_name
 
     def add_model(name: str, model: ModelConfig) -> str:
@@ -241,10 +288,13 @@ def build(config: Config, place: str) -> Plan:
             values["exclude"] = left_out.identity()
         return add(Step(step_name, "selection", choose.VERSION, values, inputs, "select", (chosen, name, left_out)))
 
+    tasks = _add_tasks(config, add, place)
     add_pool("pool", read, settings, config.pool.only)
+    reference_types: dict[str, set[str]] = {}  # of their own columns
     for name, reference in config.references.items():
         where = f"{place}: references.{name}"
         reference_read = _read_step(f"reference/{name}", reference, where)
+        reference_types[name] = {*POOL_TYPES, *sources.carried_columns(reference_read.work)}
         add_pool(f"reference/{name}", reference_read, _download_settings(reference_read, reference, where))
     for alias in stages:
         add_stage(alias)
@@ -254,7 +304,6 @@ def build(config: Config, place: str) -> Plan:
             raise ConfigError(f"{place}: models.{name} has no effect, expected a stage that names it as its model")
 
     shared = _recipe(recipes, config.train.recipe, f"{place}: train.recipe")
-    tasks = _add_tasks(config, add, place)
     for strategy in config.compare:
         source = add_train_set(f"{strategy}/", strategy)
         for seed in config.train.seeds:
@@ -343,6 +392,17 @@ def stale_shards(step: Step, record: Mapping[str, Any] | None, found: Mapping[st
     ]
 
 
+def reference_role(name: str, role: str) -> str:
+    """The role of an input that is the `pool` or a `column/...` of a reference which a stage compares the pool with."""
+    return f"reference/{name}/{role}"
+
+
+def references_of(step: Step) -> list[str]:
+    """The names of the references (and tasks) that a stage's step compares the pool with."""
+    roles = (role for role in step.inputs if role.startswith("reference/") and role.endswith("/pool"))
+    return [role.removeprefix("reference/").removesuffix("/pool") for role in roles]
+
+
 def stage_columns(alias: str, stage: Stage) -> dict[str, str]:
     """{column: type} as the pool sees them: prefixed with the alias when it is not the stage's own name."""
     prefix = "" if alias == stage_name(stage) else f"{alias}_"
@@ -363,6 +423,8 @@ def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None
     columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
     for alias in sorted({plan.columns[column][0] for column in columns if column in plan.columns}):
         stage = plan.steps[alias].work
+        if stage.uses_references:
+            phrases.append(f"images of {', '.join(references_of(plan.steps[alias]))}, to know their copies")
         if not stage.uses_model:
             continue
         model = config.models[stage.model]

@@ -17,7 +17,12 @@ STAGES = {
     "placeholders": "stages.columns.placeholders:Placeholders",
     "minhash": "stages.columns.minhash:MinHash",
     "caption_duplicates": "stages.columns.caption_duplicates:CaptionDuplicates",
+    "image_duplicates": "stages.columns.image_duplicates:ImageDuplicates",
+    "embedding_duplicates": "stages.columns.embedding_duplicates:EmbeddingDuplicates",
+    "pair_duplicates": "stages.columns.pair_duplicates:PairDuplicates",
+    "semdedup": "stages.columns.semdedup:SemDeDup",
     "clip": "stages.columns.clip:Clip",
+    "contamination": "stages.columns.contamination:Contamination",
 }
 
 

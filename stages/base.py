@@ -61,6 +61,7 @@ class Stage:
     needs: ClassVar[tuple[str, ...]] = ()  # columns of earlier stages
     adds: ClassVar[Mapping[str, str]] = {}  # column -> a key of column_files.ARROW_TYPES
     uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
+    uses_references: ClassVar[bool] = False  # True: its field `against` names references, and fit_against is its fit
     whole_pool: ClassVar[bool] = False  # True: `fit` comes first, and any change of the pool makes all files stale
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
 
@@ -90,6 +91,12 @@ class Stage:
 
         Called where no heavy work may be done; that is for the passes' functions. A resumed run calls it again.
         """
+        raise NotImplementedError
+
+    def fit_against(
+        self, blocks: Sequence[Block], references: Mapping[str, Sequence[Block]], passes: Passes
+    ) -> Mapping[str, Any]:
+        """As fit, of a stage of the whole pool that uses references: {name: blocks with the stage's `needs`}."""
         raise NotImplementedError
 
     def load(self, context: LoadContext) -> Any:

@@ -16,14 +16,24 @@ from stages.score_shard import LoadedStage, score_shard
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Another pool that a stage compares the pool with, scored as that is: its columns are those that it needs."""
+
+    pool_path: str
+    shards: Sequence[Shard]
+    columns: Mapping[str, Column]
+
+
+@dataclass(frozen=True)
 class StageJob:
-    """One stage to run: where it writes, the columns that it needs, and the model that it names."""
+    """One stage to run: where it writes, the columns that it needs, the model and the references that it names."""
 
     stage: Stage
     out_path: str
     columns: Mapping[str, Column] = field(default_factory=dict)
     model: Mapping[str, Any] | None = None
     batch_size: int | None = None
+    references: Mapping[str, Reference] = field(default_factory=dict)
 
 
 def fit_path(job: StageJob) -> str | None:
@@ -39,8 +49,17 @@ def fit(pool_path: str, job: StageJob, shards: Sequence[Shard], passes: Passes) 
     """
     path = storage.join(passes.folder, FACTS)
     if not storage.exists(path):
-        facts = job.stage.fit(blocks(pool_path, shards, job.columns), passes)
+        own = blocks(pool_path, shards, job.columns)
+        if job.stage.uses_references:
+            references = {
+                name: blocks(reference.pool_path, reference.shards, reference.columns)
+                for name, reference in job.references.items()
+            }
+            facts = job.stage.fit_against(own, references, passes)
+        else:
+            facts = job.stage.fit(own, passes)
         storage.write_json(path, facts)
+    storage.delete(passes.work().folder)
     return storage.read_json(path)
 
 

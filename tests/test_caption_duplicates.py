@@ -225,7 +225,7 @@ def test_a_resumed_fit_goes_on_from_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(band_join, "write_verified", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "b", captions)
-    passes = tmp_path / "b" / "duplicates" / "fit" / "passes"
+    passes = tmp_path / "b" / "duplicates" / "fit" / "work"
     kept = {path: path.stat().st_mtime_ns for path in passes.rglob("*.arrow")}
     assert kept
     monkeypatch.setattr(band_join, "write_contents", None)  # must not be called again

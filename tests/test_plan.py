@@ -117,6 +117,33 @@ def test_what_cannot_be_downloaded_is_refused_in_one_line(tmp_path, overrides, m
         plan_of(tmp_path, f"pool.source={table}", "strategies.oracle={}", *overrides)
 
 
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        ("[caption_duplicates]", "stages.caption_duplicates needs the column minhash_signature, which no stage adds"),
+        (
+            "[{name: minhash, num_permutations: 32}, {name: caption_duplicates, bands: 8, rows: 6}]",
+            "stages.caption_duplicates.bands = 8, rows = 6: 48, expected at most minhash's 32 permutations",
+        ),
+        (
+            "[minhash, {name: caption_duplicates, keep: caption}]",
+            "stages.caption_duplicates.keep = caption, expected a column of numbers, found string",
+        ),
+        (
+            "[hashes, {name: image_duplicates, hashes: h2}]",
+            "stages.image_duplicates needs the column h2_pixels_sha256, which no stage adds",
+        ),
+        (
+            "[{name: hashes, as: h2}, {name: image_duplicates, by: [image_phash], hashes: h2}, pair_duplicates]",
+            "stages.pair_duplicates needs the column caption_group, which no stage adds",
+        ),
+    ],
+)
+def test_stages_that_do_not_fit_together_are_refused_in_one_line(tmp_path, stages, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(tmp_path, f"stages={stages}", "strategies={no_filter: {}}", "compare=[no_filter]", "models={}")
+
+
 def test_names_paths_and_placement_are_no_identity(tmp_path):
     def fingerprints(*overrides):
         plan = plan_of(tmp_path, *overrides)

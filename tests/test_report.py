@@ -42,6 +42,7 @@ def write_artifact(root: Path, kind: str, identity: dict, facts: dict, files: di
     folder = root / artifact.name
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         if isinstance(content, pa.Table):
             pq.write_table(content, folder / name)
         elif isinstance(content, np.ndarray):
@@ -457,3 +458,102 @@ def test_page_is_complete_and_its_plots_are_well_formed(run, board):
     assert titles[0] == "Difference to no_filter"
     assert titles[2] == "Leaderboard"
     assert {"Funnel", "Overlap", "Used and spent", "Tasks", "Where it comes from"} <= set(titles)
+
+
+def add_contamination(run: Path, matched: dict[str, list[str]], **own) -> None:
+    """None; the run gets a stage that found these items of the tasks in the pool."""
+    items = [(task, item) for task, some in matched.items() for item in some]
+    table = pa.table({"reference": [task for task, _ in items], "item": [item for _, item in items]})
+    counts = {
+        task: {"images": 600, "not_compared": 2, "rows": 3 * len(some), "matched": len(some), "matched_by_method": {"sha256": len(some)}}
+        for task, some in matched.items()
+    }  # fmt: skip
+    facts = {"contaminated_rows": 3 * len(items), "rows_by_method": {"sha256": 3 * len(items)}, "references": counts}
+    path = write_artifact(run.parents[1], "contamination", {"items": len(items)}, facts, {"fit/items.parquet": table})
+    edit_run(
+        run, lambda data: data.update(contamination=[{"stage": "contamination", "path": path, "error": None} | own])
+    )
+
+
+def predicted(run: Path, strategy: str, task: str) -> list[list[dict]]:
+    """The predictions of each seed."""
+    results = json.loads((run / "run.json").read_text())["results"]
+    paths = [entry["path"] for entry in results if (entry["strategy"], entry["task"]) == (strategy, task)]
+    return [pq.read_table(run.parents[1] / path / "predictions.parquet").to_pylist() for path in paths]
+
+
+def test_items_in_the_pool_are_left_out_of_the_second_score(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1))
+    matched = {
+        "objects": [f"item{j:05d}" for j in range(0, 600, 7)],
+        "objects_shifted": [f"item{j:05d}" for j in range(0, 600, 10)],  # all of class 0
+        "colours": [f"item{j:05d}" for j in range(40)],
+        "retrieval": ["image0003", "image0050"],
+    }
+    add_contamination(run, matched)
+    (cleaned,) = build_report(str(run)).cleaned
+    expected: dict[str, list[float]] = {task: [] for task in matched}
+    for rows in predicted(run, "clip_top30", "objects"):
+        expected["objects"].append(np.mean([row["correct"] for row in rows if row["item"] not in matched["objects"]]))
+    for rows in predicted(run, "clip_top30", "objects_shifted"):
+        left = [row for row in rows if row["item"] not in matched["objects_shifted"]]
+        recalls = [np.mean([row["correct"] for row in left if row["label"] == label]) for label in range(1, 10)]
+        expected["objects_shifted"].append(np.mean(recalls))
+    for rows in predicted(run, "clip_top30", "colours"):
+        expected["colours"].append(np.mean([row["label"] in row["top5"] for row in rows[40:]]))
+    for rows in predicted(run, "clip_top30", "retrieval"):
+        left = [row for row in rows if row["group"] not in matched["retrieval"]]
+        ways = ("image_to_text", "text_to_image")
+        expected["retrieval"].append(
+            np.mean([np.mean([row["hit@1"] for row in left if row["direction"] == way]) for way in ways])
+        )
+    for task, values in expected.items():
+        everything, left = cleaned.scores["clip_top30"][task]
+        assert left.value == pytest.approx(np.mean(values))
+        assert left.value != everything.value
+        assert left.half_width > 0
+    average = np.mean([np.mean(values) for values in expected.values()])
+    assert cleaned.averages["clip_top30"][1].value == pytest.approx(average)
+    assert cleaned.reasons == ()
+    markdown = (run / "leaderboard.md").read_text()
+    assert "| objects | 600 | 2 | 86 | 14.3 % | 86 | 258 |" in markdown
+    assert "<h2>Contamination</h2>" in (run / "leaderboard.html").read_text()
+    assert "contamination: 564 rows of the pool have an image of a task" in markdown
+
+
+def test_what_a_score_without_them_lacks_is_said(tmp_path):
+    run = write_run(tmp_path, seeds=(0,))
+    add_contamination(run, {
+        "objects": [f"item{j:05d}" for j in range(600)], "objects_shifted": ["item00001", "elsewhere/7"], "colours": [],
+    })  # fmt: skip
+    board = build_report(str(run))
+    (cleaned,) = board.cleaned
+    assert cleaned.tasks == ("objects", "objects_shifted")
+    assert cleaned.scores["no_filter"]["objects"][1].value is None
+    assert cleaned.averages["no_filter"][1].value is None
+    assert set(cleaned.reasons) == {
+        "objects: every image is in the pool",
+        "objects_shifted: 1 of 2 images in the pool are not among the predictions",
+        "retrieval: its images were not compared with the pool",
+    }
+    assert row_of(board, "no_filter").average.value is not None
+    assert "N/A (missing: objects)" in (run / "leaderboard.md").read_text()
+
+
+def test_a_metric_that_single_items_do_not_tell_has_no_second_score(tmp_path):
+    run = write_run(tmp_path, seeds=(0,), tasks={"colours": TASKS["colours"]})
+    add_contamination(run, {"colours": ["item00001"]})
+    for path in tmp_path.glob("results-*/predictions.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["top5"]), path)
+    (cleaned,) = build_report(str(run)).cleaned
+    assert cleaned.reasons == ("colours: the predictions do not tell acc5 of single items",)
+    assert cleaned.scores["no_filter"]["colours"][1].value is None
+
+
+def test_a_contamination_stage_that_failed_gives_its_reason(tmp_path):
+    run = write_run(tmp_path, seeds=(0,))
+    add_contamination(run, {"objects": ["item00001"]}, path=None, error="hashes: <b>no disk</b>")
+    board = build_report(str(run))
+    assert board.cleaned[0].tasks == ()
+    assert "hashes: &lt;b&gt;no disk" in (run / "leaderboard.html").read_text()
+    assert json.loads((run / "leaderboard.json").read_text())["contamination"][0]["error"] == "hashes: <b>no disk</b>"

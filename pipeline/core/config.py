@@ -240,6 +240,7 @@ EXPECTED: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "string_type": lambda c: "text",
     "bool_type": lambda c: "true or false",
     "list_type": lambda c: "a list",
+    "tuple_type": lambda c: "a list",
     "dict_type": lambda c: "a mapping",
     "model_type": lambda c: "a mapping",
     "model_attributes_type": lambda c: "a mapping",

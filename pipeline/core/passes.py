@@ -86,6 +86,10 @@ class Passes:
                 if path != DROPPED:
                     storage.delete(storage.join(made.folder, path))
 
+    def work(self) -> Passes:
+        """Passes that nobody reads once the facts of all are written: their folder is deleted then."""
+        return self.within("work")
+
     def within(self, name: str) -> Passes:
         """Passes whose folders lie in a folder of this name."""
         return Passes(self._run, storage.join(self.folder, name), self._on_progress)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core import storage
-from pipeline.report.records import OUTSIDE_LABELS, Result, Run, Strategy, Task, Training, read_run
+from pipeline.report.records import OUTSIDE_LABELS, Contamination, Result, Run, Strategy, Task, Training, read_run
 from pipeline.report.uncertainty import (
     CONFIDENCE,
     Influence,
@@ -87,6 +87,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Cleaned:
+    """Scores with and without the images that one contamination stage found in the pool, over the same seeds.
+
+    `scores` are {strategy: {task with such images: (with, without)}}, `averages` {strategy: (with, without)} over all
+    tasks; `reasons` say why something is missing, one line each.
+    """
+
+    found: Contamination
+    tasks: tuple[str, ...]  # with images that are in the pool
+    scores: dict[str, dict[str, tuple[Estimate, Estimate]]]
+    averages: dict[str, tuple[Estimate, Estimate]]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Leaderboard:
     """All rows, and what they say."""
 
@@ -96,6 +111,7 @@ class Leaderboard:
     one_seed: bool
     headline: str
     notes: tuple[str, ...]
+    cleaned: tuple[Cleaned, ...] = ()
 
 
 def build_report(run_path: str) -> Leaderboard:
@@ -113,7 +129,7 @@ def build_report(run_path: str) -> Leaderboard:
 
 def make_leaderboard(run: Run) -> Leaderboard:
     """The leaderboard of these records."""
-    values = {(r.strategy, r.seed, r.task): r for r in run.results if r.value is not None}
+    values = _values(run.results)
     trainings = {s.name: [t for t in run.trainings if t.strategy == s.name] for s in run.compared}
     names = [s.name for s in run.compared]
     all_tasks = tuple(task.name for task in run.tasks)
@@ -164,7 +180,41 @@ def make_leaderboard(run: Run) -> Leaderboard:
     rows.sort(key=lambda row: (row.rank is None, row.rank or 0, row.strategy.name != run.baseline))
     one_seed = bool(average.names) and average.uncertainty.seed_df == 0
     headline = _headline(rows, run.baseline, len(all_tasks), one_seed, average)
-    return Leaderboard(run, columns, tuple(rows), one_seed, headline, run.notes)
+    cleaned = tuple(_cleaned(found, run, values) for found in run.contamination)
+    return Leaderboard(run, columns, tuple(rows), one_seed, headline, run.notes, cleaned)
+
+
+def _values(results: Sequence[Result]) -> dict[tuple[str, int, str], Result]:
+    return {(r.strategy, r.seed, r.task): r for r in results if r.value is not None}
+
+
+def _cleaned(found: Contamination, run: Run, values: Mapping[tuple[str, int, str], Result]) -> Cleaned:
+    left = _values(found.results)
+    names = [strategy.name for strategy in run.compared]
+    seeds = {name: [t.seed for t in run.trainings if t.strategy == name] for name in names}
+
+    def measure(tasks: Sequence[str]) -> dict[str, tuple[Estimate, Estimate]]:
+        both = {
+            name: [seed for seed in seeds[name] if all((name, seed, task) in left for task in tasks)] for name in names
+        }
+        there = {name: counted for name, counted in both.items() if counted}
+        pair = (_measure(values, there, tasks), _measure(left, there, tasks))
+        missing = {name: _missing(tasks, name, left) for name in names}
+        return {name: (pair[0].estimate(name, missing[name]), pair[1].estimate(name, missing[name])) for name in names}
+
+    tasks = tuple(task.name for task in run.tasks if task.name in found.tasks and found.tasks[task.name].matched)
+    by_task = {task: measure((task,)) for task in tasks}
+    errors = {(r.strategy, r.seed, r.task): r.error for r in run.results}
+    reasons = [
+        f"{r.task}: {r.error}" for r in found.results if r.error and r.error != errors[r.strategy, r.seed, r.task]
+    ]
+    return Cleaned(
+        found,
+        tasks,
+        {name: {task: by_task[task][name] for task in tasks} for name in names},
+        measure(tuple(task.name for task in run.tasks)) if run.tasks else {},
+        tuple(dict.fromkeys(reasons)),
+    )
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,22 @@ import re
 from pathlib import Path
 
 from pipeline.report import plots
-from pipeline.report.leaderboard import Estimate, Leaderboard, Row, p_text, percent, points
+from pipeline.report.leaderboard import Cleaned, Estimate, Leaderboard, Row, p_text, percent, points
 from pipeline.report.markup import Markup, element, raw
 from pipeline.report.records import Strategy
-from pipeline.report.tables import SCOPE, estimate_text, header_lines, hours, number, plain, remarks, seeds_text
+from pipeline.report.tables import (
+    CLEANED,
+    SCOPE,
+    cleaned_tables,
+    estimate_text,
+    found_text,
+    header_lines,
+    hours,
+    number,
+    plain,
+    remarks,
+    seeds_text,
+)
 
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -37,6 +49,7 @@ def html_page(board: Leaderboard) -> str:
         element("div", _differences(board), _kept(board), class_="pair"),
         _table(board),
         element("div", _per_task(board), _curves(board), class_="pair"),
+        *(_cleaned(board, cleaned) for cleaned in board.cleaned),
         _funnels(board),
         element("div", _overlap(board), _tasks(board), class_="pair"),
         _cost(board),
@@ -217,6 +230,38 @@ def _per_task(board: Leaderboard) -> Markup:
             if plot
             else [_nothing("No task has results to compare yet.")]
         ),
+    )
+
+
+def _cleaned(board: Leaderboard, cleaned: Cleaned) -> Markup:
+    """Images of tasks that are in the pool, and the scores without them."""
+    found = plain(found_text(cleaned))
+    if cleaned.found.error is not None:
+        return _section("Contamination", CLEANED, _nothing(found))
+    tables = []
+    for names, body in cleaned_tables(board, cleaned):
+        head = element(
+            "tr", *(element("th", _name(name), class_=None if at else "text") for at, name in enumerate(names))
+        )
+        rows = [
+            element(
+                "tr",
+                *(
+                    element("td", _name(text) if not at else plain(text), class_=None if at else "strategy")
+                    for at, text in enumerate(line)
+                ),
+            )
+            for line in body
+        ]
+        table = element("table", element("thead", head), element("tbody", *rows))
+        tables.append(element("div", table, class_="scroll"))
+    reasons = [element("li", plain(reason)) for reason in cleaned.reasons]
+    return _section(
+        "Contamination",
+        CLEANED,
+        element("p", found),
+        *tables,
+        element("ul", *reasons, class_="reasons") if reasons else None,
     )
 
 

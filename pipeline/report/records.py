@@ -8,6 +8,7 @@
      "tasks": [{"name": "objects", "type": "zeroshot_classification", "metric": "acc1", "chance": 0.1, ...}],
      "trainings": [{"strategy": "no_filter", "seed": 0, "checkpoint": "checkpoint-0f..", "error": null}],
      "results": [{"strategy": "no_filter", "seed": 0, "task": "objects", "path": "results-cd..", "error": null}],
+     "contamination": [{"stage": "contamination", "path": "contamination-9b..", "error": null}],
      "baseline": "no_filter"}
 
 Artifact paths are relative to the root. What can't be read becomes a reason in place of a value: a report never fails
@@ -19,8 +20,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,33 @@ class Result:
 
 
 @dataclass(frozen=True)
+class TaskImages:
+    """How many images of a task were compared with the pool, and which of them (its items) are like one of its rows."""
+
+    images: int
+    not_compared: int
+    matched: frozenset[str]
+    matched_by_method: dict[str, int]
+    rows: int  # of the pool that are like one
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """What a stage found that compared the pool with the tasks' images; or the reason why there is nothing.
+
+    `results` are the run's, over the images that are not like any row of the pool; the others' questions are left out.
+    """
+
+    stage: str
+    path: str | None
+    error: str | None
+    rows: int | None = None  # of the pool that are like an image of any task
+    rows_by_method: dict[str, int] = field(default_factory=dict)
+    tasks: dict[str, TaskImages] = field(default_factory=dict)
+    results: tuple[Result, ...] = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """All records of one run."""
 
@@ -113,6 +141,7 @@ class Run:
     overlap: np.ndarray | None  # [S, S] Jaccard index of the compared strategies; NaN where unknown
     overlap_one_in: int  # 1: exact; n: measured on every n-th uid by hash
     notes: tuple[str, ...]
+    contamination: tuple[Contamination, ...] = ()
 
     @property
     def compared(self) -> list[Strategy]:
@@ -140,8 +169,15 @@ def read_run(run_path: str) -> Run:
         header = {key: data.get(key) for key in ("config_name", "date", "winnow_version", "metric_version")}
         header |= {"recipe": data.get("recipe") or {}, "pool": data["pool"]}
         trainings = tuple(_training(root, entry) for entry in data["trainings"])
-        results = tuple(
-            _result(root, entry, by_name[entry["task"]], notes) for entry in data["results"] if entry["task"] in by_name
+        found = [_contamination(root, entry) for entry in data.get("contamination", ())]
+        pairs = [
+            _result(root, entry, by_name[entry["task"]], found, notes)
+            for entry in data["results"]
+            if entry["task"] in by_name
+        ]
+        results = tuple(result for result, _ in pairs)
+        contamination = tuple(
+            replace(one, results=tuple(without[number] for _, without in pairs)) for number, one in enumerate(found)
         )
         baseline = data.get("baseline") or "no_filter"
     except KeyError as error:
@@ -159,6 +195,7 @@ def read_run(run_path: str) -> Run:
         overlap=overlap,
         overlap_one_in=one_in,
         notes=tuple(notes),
+        contamination=contamination,
     )
 
 
@@ -234,11 +271,39 @@ def _training(root: str, entry: Mapping[str, Any]) -> Training:
     return Training(entry["strategy"], int(entry["seed"]), checkpoint, error, facts, tuple(curve))
 
 
-def _result(root: str, entry: Mapping[str, Any], task: Task, notes: list[str]) -> Result:
+def _contamination(root: str, entry: Mapping[str, Any]) -> Contamination:
+    path, error = entry["path"], entry.get("error")
+    if not path or error:
+        return Contamination(entry["stage"], path, error or "not done")
+    try:
+        facts = _facts(storage.join(root, path))
+        table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, path, "fit", "items.parquet"))))
+        matched: dict[str, set[str]] = {name: set() for name in facts["references"]}
+        for name, item in zip(table["reference"].to_pylist(), table["item"].to_pylist(), strict=True):
+            matched[name].add(item)
+        tasks = {
+            name: TaskImages(
+                counts["images"],
+                counts["not_compared"],
+                frozenset(matched[name]),
+                counts["matched_by_method"],
+                counts["rows"],
+            )
+            for name, counts in facts["references"].items()
+        }
+        return Contamination(entry["stage"], path, None, facts["contaminated_rows"], facts["rows_by_method"], tasks)
+    except (OSError, WinnowError, pa.ArrowException, KeyError, TypeError, ValueError) as reason:
+        return Contamination(entry["stage"], path, one_line(reason))
+
+
+def _result(
+    root: str, entry: Mapping[str, Any], task: Task, found: Sequence[Contamination], notes: list[str]
+) -> tuple[Result, list[Result]]:
+    """The result, and the same without the items that each contamination stage found in the pool."""
     path, error = entry.get("path"), entry.get("error")
     empty = Result(entry["strategy"], int(entry["seed"]), task.name, path, error)
     if not path or error:
-        return empty
+        return empty, [empty] * len(found)
     try:
         metrics = storage.read_json(storage.join(root, path, "result.json"))["metrics"]
         if task.metric not in metrics:
@@ -247,7 +312,8 @@ def _result(root: str, entry: Mapping[str, Any], task: Task, notes: list[str]) -
         table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, path, "predictions.parquet"))))
         items = _items(table, task.metric)
     except (OSError, WinnowError, pa.ArrowException, KeyError, TypeError, ValueError) as reason:
-        return Result(entry["strategy"], int(entry["seed"]), task.name, path, one_line(reason))
+        broken = replace(empty, error=one_line(reason))
+        return broken, [broken] * len(found)
     groups = influence = None
     if items is None:
         note = f"{task.name}: the item noise of {task.metric} is not known here; intervals that hold it are too narrow"
@@ -258,7 +324,36 @@ def _result(root: str, entry: Mapping[str, Any], task: Task, notes: list[str]) -
         again = _mean_of_means(items[0], items[1])
         if abs(again - value) > 1e-4:
             notes.append(f"{path}: result.json says {task.metric} = {value:.6f}, its predictions say {again:.6f}")
-    return Result(entry["strategy"], int(entry["seed"]), task.name, path, None, value, groups, influence)
+    result = replace(empty, value=value, groups=groups, influence=influence)
+    return result, [_without(result, task, items, one) for one in found]
+
+
+def _without(
+    result: Result, task: Task, items: tuple[np.ndarray, np.ndarray, np.ndarray] | None, found: Contamination
+) -> Result:
+    """The result over the items that are not in the pool, or the reason why it can't be known."""
+    reason = found.error
+    if reason is None and task.name not in found.tasks:
+        reason = "its images were not compared with the pool"
+    if reason is None:
+        matched = found.tasks[task.name].matched
+        if not matched:
+            return result
+        if items is None:
+            reason = f"the predictions do not tell {task.metric} of single items"
+        else:
+            outcome, stratum, group = items
+            left = ~np.isin(group, np.array(sorted(matched)))
+            missing = len(matched) - len(np.unique(group[~left]))
+            if missing:
+                reason = f"{missing} of {len(matched)} images in the pool are not among the predictions"
+            elif not left.any():
+                reason = "every image is in the pool"
+            else:
+                groups, influence = influence_of_items(outcome[left], stratum[left], group[left])
+                value = _mean_of_means(outcome[left], stratum[left])
+                return replace(result, value=value, groups=groups, influence=influence)
+    return replace(result, value=None, groups=None, influence=None, error=reason)
 
 
 def _items(table: pa.Table, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

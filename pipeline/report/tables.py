@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report.leaderboard import Estimate, Leaderboard, Row, percent, points
+from pipeline.report.leaderboard import MANY_TASKS, Cleaned, Estimate, Leaderboard, Row, percent, points
 from pipeline.report.records import Task
 
 # the first to go where a terminal is too narrow
@@ -155,7 +155,62 @@ def remarks(board: Leaderboard) -> list[str]:
     lines += [f"Used beyond the pool by {', '.join(names)}: {'; '.join(uses)}." for uses, names in users.items()]
     for row in board.rows:
         lines += [f"{row.strategy.name}: {reason}" for reason in row.reasons]
+    for cleaned in board.cleaned:
+        more = "; leaderboard.md has the scores without them" if cleaned.tasks else ""
+        lines.append(f"{found_text(cleaned)}{more}.")
     return [*lines, *board.notes, SCOPE]
+
+
+CLEANED = (
+    "Images of tasks that are also in the pool, and the scores without them: the questions about these images are left "
+    "out, the images stay among the candidates of a retrieval. Such images may be easier or harder than others, so "
+    "compare the differences of strategies that chose these rows with those of strategies that did not."
+)
+
+
+def found_text(cleaned: Cleaned) -> str:
+    """How many rows of the pool are like an image of a task, or why that is not known."""
+    found = cleaned.found
+    if found.error is not None:
+        return f"{found.stage}: {found.error}"
+    methods = ", ".join(f"{method} {number(count)}" for method, count in found.rows_by_method.items())
+    return f"{found.stage}: {number(found.rows)} rows of the pool have an image of a task ({methods})"
+
+
+def cleaned_tables(board: Leaderboard, cleaned: Cleaned) -> list[tuple[list[str], list[list[str]]]]:
+    """Column names and texts of the tables about one stage: its images, and the scores without them if any."""
+    return [_image_cells(cleaned), *([_score_cells(board, cleaned)] if cleaned.tasks else [])]
+
+
+def _image_cells(cleaned: Cleaned) -> tuple[list[str], list[list[str]]]:
+    """Column names and one list of texts a task: how many of its images are in the pool."""
+    methods = list(cleaned.found.rows_by_method)
+    body = []
+    for name, task in cleaned.found.tasks.items():
+        share = f"{percent(len(task.matched) / task.images)} %" if task.images else "-"
+        counts = [number(task.matched_by_method.get(method, 0)) for method in methods]
+        head = [name, number(task.images), number(task.not_compared), number(len(task.matched)), share]
+        body.append([*head, *counts, number(task.rows)])
+    return ["task", "images", "not compared", "in the pool", "share", *methods, "rows of the pool"], body
+
+
+def _score_cells(board: Leaderboard, cleaned: Cleaned) -> tuple[list[str], list[list[str]]]:
+    """Column names and one list of texts a strategy: scores with -> without the images in the pool."""
+    tasks = cleaned.tasks if len(cleaned.tasks) <= MANY_TASKS else ()  # JSON has them all
+    names = ["strategy", *tasks, f"average ({len(board.run.tasks)})"]
+    body = []
+    for row in board.rows:
+        name = row.strategy.name
+        pairs = [cleaned.scores[name][task] for task in tasks] + [cleaned.averages[name]]
+        body.append([strategy_text(row), *(_pair_text(*pair) for pair in pairs)])
+    return names, body
+
+
+def _pair_text(all_items: Estimate, left: Estimate) -> str:
+    if all_items.value is None or left.value is None:
+        return estimate_text(left)
+    scores = " \N{RIGHTWARDS ARROW} ".join(f"{percent(e.value)} ± {percent(e.half_width)}" for e in (all_items, left))
+    return f"{scores} ({points(left.value - all_items.value)})"
 
 
 def terminal_table(board: Leaderboard, width: int | None = None) -> str:
@@ -196,6 +251,17 @@ def markdown_text(board: Leaderboard) -> str:
     lines += [_markdown_row(line) for line in body]
     lines += ["", *(f"- {label}: {_markdown(text)}" for label, text in header_lines(board))]
     lines += ["", *(f"- {_markdown(line)}" for line in remarks(board))]
+    for cleaned in board.cleaned:
+        lines += ["", "## Contamination", "", _markdown(f"{found_text(cleaned)}. {CLEANED}")]
+        if cleaned.found.error is None:
+            for names, body in cleaned_tables(board, cleaned):
+                lines += [
+                    "",
+                    _markdown_row(names),
+                    "|---" + "|---:" * (len(names) - 1) + "|",
+                    *map(_markdown_row, body),
+                ]
+            lines += ["", *(f"- {_markdown(reason)}" for reason in cleaned.reasons)]
     return "\n".join(lines) + "\n"
 
 
@@ -265,6 +331,7 @@ def json_text(board: Leaderboard) -> str:
         "overlap": None if run.overlap is None else [[_rounded(x) for x in line] for line in run.overlap.tolist()],
         "overlap_strategies": [strategy.name for strategy in run.compared],
         "notes": list(board.notes),
+        "contamination": [_cleaned_record(cleaned) for cleaned in board.cleaned],
     }
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -295,6 +362,36 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "gpu_hours": _rounded(row.gpu_hours),
         "checkpoints": list(row.checkpoints),
         "reasons": list(row.reasons),
+    }
+
+
+def _cleaned_record(cleaned: Cleaned) -> dict[str, Any]:
+    found = cleaned.found
+
+    def pair(estimates: tuple[Estimate, Estimate]) -> dict[str, Any]:
+        return dict(zip(("with", "without"), map(_estimate_record, estimates), strict=True))
+
+    return {
+        "stage": found.stage,
+        "path": found.path,
+        "error": found.error,
+        "rows": found.rows,
+        "rows_by_method": found.rows_by_method,
+        "tasks": {
+            name: {
+                "images": task.images,
+                "not_compared": task.not_compared,
+                "matched": len(task.matched),
+                "matched_by_method": task.matched_by_method,
+                "rows": task.rows,
+            }
+            for name, task in found.tasks.items()
+        },
+        "scores": {
+            name: {task: pair(both) for task, both in by_task.items()} for name, by_task in cleaned.scores.items()
+        },
+        "averages": {name: pair(both) for name, both in cleaned.averages.items()},
+        "reasons": list(cleaned.reasons),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import exchange, storage
+from pipeline.core import exchange
 from pipeline.core.errors import ConfigError
 from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
@@ -73,7 +73,7 @@ class DuplicateStage(Stage):
             raise ConfigError(f"keep = {self.keep}, expected a column of numbers, found {types[self.keep]}")
 
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
-        work = passes.within("passes")
+        work = passes.work()
         edges, facts = self.find_edges(blocks, work)
         block_starts = np.array([block.first_row for block in blocks], dtype=np.uint64)
         labels, rounds = components(edges, work.within("components"), block_starts)
@@ -81,7 +81,6 @@ class DuplicateStage(Stage):
         members = work.run("members", write_members, [(block, labels, self.keep, num_partitions) for block in blocks])
         starts = shard_starts(blocks)
         groups = passes.run(GROUPS, write_groups, [(members, number, starts) for number in range(num_partitions)])
-        storage.delete(work.folder)
         return {**facts, **exchange.read_notes(groups.paths), "component_rounds": rounds, SHARDS: shard_names(blocks)}
 
     def load(self, context: LoadContext) -> Any:

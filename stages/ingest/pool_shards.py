@@ -32,7 +32,7 @@ import numpy as np
 from pipeline.core import images, pool, storage
 from pipeline.core.errors import ImageError, WinnowError
 from stages.ingest import demo_world, image_folder, parquet_rows, shard_writer, sources, tar_samples, url_table
-from stages.ingest.samples import CARRIED_TYPES, Sample, Unit, numbered_uid
+from stages.ingest.samples import CARRIED_TYPES, ORIGINAL_FILE, Sample, Unit, numbered_uid
 from stages.ingest.shard_writer import ShardWriter
 from stages.ingest.sources import DEMO, URLS
 
@@ -342,6 +342,8 @@ def _row(unit: Unit, sample: Sample, uid: str, key: str, checker: _ImageCheck) -
     """The pool's row, without where its image lies."""
     row: dict[str, Any] = {"uid": uid, "key": key, "caption": sample.caption, "source": unit.source, "url": sample.url}
     row |= sample.carried
+    if unit.settings.carry.get(ORIGINAL_FILE) == "string" and row.get(ORIGINAL_FILE) is None:
+        row[ORIGINAL_FILE] = unit.place
     if sample.image is not None:
         columns, problem = checker.columns(sample.image)
         row |= columns

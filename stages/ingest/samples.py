@@ -43,6 +43,7 @@ CARRIED_TYPES = {
 EXPECTED_SHA256 = "expected_sha256"  # of the original bytes, as a table of URLs says
 FACE_BOXES = "face_bboxes"  # JSON text: [[x_min, y_min, x_max, y_max], ...]
 ORIGINAL_NAME = "original_name"  # a column that `carry` can always keep: the sample's name in its source
+ORIGINAL_FILE = "original_file"  # one that it can keep of tars: which of them the sample is from
 
 
 class UnreadableError(Exception):

@@ -1,0 +1,46 @@
+"""An engine without a cluster: what Executor asks of pipeline.core.engine, one item after the other in this process."""
+
+from __future__ import annotations
+
+from pipeline import execute
+from pipeline import plan as planning
+from pipeline.core import log, storage
+
+
+class EngineHere:
+    """Runs functions and workers here and now."""
+
+    def check_fits(self, resources, place):
+        return None
+
+    def cancel(self):
+        return None
+
+    def board(self):
+        return None
+
+    def posted(self):
+        return {}
+
+    def map(self, function, items, names, resources, on_done=None):
+        results = []
+        for index, item in enumerate(items):
+            results.append(function(*item))
+            if on_done:
+                on_done(index, results[-1])
+        return results
+
+    def map_on_actors(self, worker_class, arguments, items, names, resources, on_done=None, items_at_once=1):
+        worker = worker_class(*arguments)
+        return self.map(worker.process, items, names, resources, on_done)
+
+
+def run_here(plan: planning.Plan, targets: list[str] | None = None) -> execute.Outcome:
+    """The outcome of a run of the plan, or of what these steps need, in this process."""
+    run_path = storage.join(plan.config.root, "runs", "here")
+    progress = log.Progress(storage.join(run_path, "log.jsonl"))
+    try:
+        executor = execute.Executor(plan, EngineHere(), progress, run_path)
+        return executor.run(targets or list(plan.steps), execute.Outcome(planning.resolve(plan)))
+    finally:
+        progress.close()
