@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -156,18 +157,42 @@ def started(command):
     )
 
 
-@pytest.mark.parametrize("moment", ["scoring", "training"])
-def test_a_killed_run_goes_on_to_the_same_bytes(winnow, finished, tmp_path, moment):
-    """SIGKILL in the middle of scoring, and of training; the rerun's artifacts equal those of an uninterrupted run."""
+def test_a_killed_run_goes_on_to_the_same_bytes(winnow, finished, tmp_path):
+    """SIGKILL in the middle of a training; the rerun's artifacts equal those of an uninterrupted run."""
     root = tmp_path / "root"
-    pattern = {"scoring": "clip-*/00001.parquet", "training": "checkpoint-*/step_*"}[moment]
     process = started(winnow.command(root))
-    wait_for(lambda: list(root.glob(pattern)), process)
+    wait_for(lambda: list(root.glob("checkpoint-*/step_*")), process)
     os.killpg(process.pid, signal.SIGKILL)  # the driver and the Ray that it started
     process.wait()
     winnow.run(root)
     assert winnow.artifacts(root) == winnow.artifacts(finished[0])
     assert not [path for path in root.glob("*-*/**/*.tmp-*") if path.is_file()]
+
+
+def test_deduplication_that_was_killed_goes_on_to_the_same_bytes(winnow, tmp_path):
+    """SIGKILL of driver and workers in the middle of a stage's shards, and then between passes over the whole pool."""
+    settings = {
+        "stages": "[hashes, minhash, caption_duplicates, image_duplicates, pair_duplicates]",
+        "strategies": "{once: {where: [pair_is_duplicate == false]}}",
+        "compare": "[once]",
+        "models": "{}",
+    }
+    more = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    more += ["--until", "once/selection"]
+    whole, root = tmp_path / "whole", tmp_path / "root"
+    winnow.run(whole, *more)
+    for pattern in ("hashes-*/00001.parquet", "caption_duplicates-*/fit/work/keys/00000.arrow"):
+        process = started(winnow.command(root, *more))
+        wait_for(functools.partial(lambda found: list(root.glob(found)), pattern), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not list(root.glob(f"caption_duplicates-*/{RECORD}"))
+    winnow.run(root, *more)
+    assert winnow.artifacts(root) == winnow.artifacts(whole)
+    assert {path.name.split("-")[0] for path in whole.glob("*_duplicates-*")} == {
+        "caption_duplicates", "image_duplicates", "pair_duplicates",
+    }  # fmt: skip
+    assert not list(root.glob("*/fit/work"))
 
 
 @pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
