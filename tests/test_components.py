@@ -95,7 +95,7 @@ def test_labels_are_scipys(graph, num_files, most_edges, tmp_path):
 def test_files_are_merged_as_long_as_that_shrinks_them(tmp_path):
     """The same edges in all files end in one file without a round; a chain in pieces goes through rounds."""
     a, b = many_small(np.random.default_rng(0))
-    found, rounds = run(np.repeat(a, 6), np.repeat(b, 6), tmp_path / "a", 6, 60_000)
+    found, rounds = run(np.repeat(a, 6), np.repeat(b, 6), tmp_path / "a", 6, 70_000)
     assert (found, rounds) == (expected(a, b), 0)
     a, b = shuffled_chain(np.random.default_rng(0))
     found, rounds = run(a, b, tmp_path / "b", 6, 60_000)
