@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipeline.core import pool
 from stages.base import LoadContext, Stage
 from stages.column_files import Column
@@ -29,5 +27,5 @@ def run_stage(
     rows = []
     for shard in shards:
         score_shard(pool_path, shard, [entry])
-        rows += pq.read_table(f"{out_path}/{shard.name}.parquet").to_pylist()
+        rows += pool.read_table(f"{out_path}/{shard.name}.parquet").to_pylist()
     return columns | {name: Column(job.out_path, name) for name in stage.adds}, rows, facts

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from datasketch import MinHash, MinHashLSH
 
+from pipeline.core import storage
 from pipeline.core.errors import ConfigError
 from stages import build_stage
 from stages.duplicates import band_join, components, groups, verify
@@ -248,3 +249,23 @@ def test_what_does_not_fit_together_is_named():
     ):
         with pytest.raises(ConfigError, match=message):
             build_stage("caption_duplicates", parameters, "").check_needs(types, owners)
+
+
+@pytest.mark.parametrize("verify", ["jaccard", "signature"])
+def test_shards_without_a_usable_row(verify, tmp_path):
+    found, facts = run(tmp_path / "a", [None, None, "a b c", "a b c", None, None], verify=verify)
+    assert [row["caption_is_duplicate"] for row in found] == [None, None, False, True, None, None]
+    found, facts = run(tmp_path / "b", [None] * 3, verify=verify)
+    assert [row["caption_group_size"] for row in found] == [None] * 3
+    assert (facts["groups"], facts["duplicates"], facts["different_captions"]) == (0, 0, 0)
+
+
+def test_an_object_store_gives_the_same(tmp_path, s3_url):
+    captions = corpus(60)
+    local, _ = run(tmp_path, captions)
+    rows = [{"image": IMAGE, "caption": text, "uid": f"{number:032x}"} for number, text in enumerate(captions)]
+    path = write_pool(f"{s3_url}/root", [rows[:20], rows[20:40], rows[40:]])
+    columns, _, _ = run_stage(path, f"{s3_url}/minhash", build_stage("minhash", {}, ""))
+    _, found, _ = run_stage(path, f"{s3_url}/duplicates", build_stage("caption_duplicates", {}, ""), columns)
+    assert found == local
+    assert storage.list_files(f"{s3_url}/duplicates/fit/work", recursive=True) == []

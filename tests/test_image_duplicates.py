@@ -42,7 +42,7 @@ def brute_force(hashes: np.ndarray, most_bits: int) -> set[frozenset[int]]:
 def joined(hashes: np.ndarray, most_bits: int, num_blocks: int) -> set[frozenset[int]]:
     """The components of what close_pairs finds in all keys; every edge is checked."""
     found = bit_distance.Blocks(num_blocks, most_bits)
-    spread = found.spread(hashes)
+    spread = bit_distance.spread(hashes, num_blocks)
     assert (distances(spread[:50]) == distances(hashes[:50])).all()
     left, right = [], []
     for number in range(len(found.keys)):

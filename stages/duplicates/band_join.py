@@ -74,27 +74,29 @@ def edges(blocks: Sequence[Block], passes: Passes, join: BandJoin) -> tuple[list
 
 def _signatures(column: pa.ChunkedArray, place: str) -> np.ndarray:
     """[n, P] uint32 of a column of signatures without nulls."""
-    whole = column.combine_chunks()
-    whole = whole if isinstance(whole, pa.Array) else pa.concat_arrays(whole.chunks)
-    if not len(whole):
-        return np.empty((0, 1), dtype=np.uint32)
-    offsets = np.frombuffer(whole.buffers()[1], dtype=np.int32)[whole.offset : whole.offset + len(whole) + 1]
-    sizes = np.diff(offsets)
-    if whole.null_count or (sizes != sizes[0]).any():
-        raise WinnowError(f"{place}: signatures are missing or of several lengths, expected one of {sizes[0]} bytes")
-    data = np.frombuffer(whole.buffers()[2], dtype="<u4", count=int(sizes.sum()) // 4, offset=int(offsets[0]))
-    return data.reshape(len(whole), -1)
+    parts = []
+    for chunk in column.chunks:
+        offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        size_bytes = int(offsets[1] - offsets[0]) if len(chunk) else 0
+        if chunk.null_count or (np.diff(offsets) != size_bytes).any():
+            raise WinnowError(
+                f"{place}: signatures are missing or of several lengths, expected {size_bytes} bytes each"
+            )
+        if len(chunk):
+            data = np.frombuffer(chunk.buffers()[2], "<u4", count=len(chunk) * size_bytes // 4, offset=int(offsets[0]))
+            parts.append(data.reshape(len(chunk), -1))
+    return np.concatenate(parts) if parts else np.empty((0, 1), dtype=np.uint32)
 
 
 def write_contents(block: Block, join: BandJoin, path: str) -> None:
     """None; writes (row, content) of each different caption of the block in partition 0, (row, first row with the same
     content) of the others in partition 1."""
-    rows, offsets, values = [], [np.zeros(1, np.int64)], []
+    rows, offsets, values, num_values = [], [np.zeros(1, np.int64)], [], 0
     start = block.first_row
     for shard in block.shards:
         table = block.table(shard, ["ok", "caption" if join.shingling else join.signatures])
         ok = np.flatnonzero(table["ok"].to_numpy())
-        taken = table.column(1).take(ok)
+        taken = table.column(1).filter(table["ok"])
         if join.shingling:
             shard_offsets, shard_values = shingle_sets(taken.combine_chunks(), join.shingling)
         else:
@@ -102,8 +104,9 @@ def write_contents(block: Block, join: BandJoin, path: str) -> None:
             shard_offsets = np.arange(len(signatures) + 1, dtype=np.int64) * signatures.shape[1]
             shard_values = signatures.reshape(-1).astype(np.uint64)
         rows.append(ok.astype(np.uint64) + np.uint64(start))
-        offsets.append(shard_offsets[1:] + offsets[-1][-1])
+        offsets.append(shard_offsets[1:] + num_values)
         values.append(shard_values)
+        num_values += len(shard_values)
         start += shard.rows
     row, offset, value = np.concatenate(rows), np.concatenate(offsets), np.concatenate(values)
     first = _first_equal(offset, value)
@@ -155,7 +158,9 @@ def write_keys(
     for shard in block.shards:
         wanted = row[np.searchsorted(row, start) : np.searchsorted(row, start + shard.rows)] - np.uint64(start)
         if len(wanted):
-            column = block.table(shard, [join.signatures])[join.signatures].take(wanted)
+            chosen = np.zeros(shard.rows, dtype=bool)
+            chosen[wanted] = True
+            column = block.table(shard, [join.signatures])[join.signatures].filter(pa.array(chosen))
             signatures = _signatures(column, f"pool shard {shard.name}")
             for group, keys in enumerate(columns):
                 first = group * bands_at_once

@@ -74,6 +74,15 @@ def choose_blocks(num_rows: int, most_bits: int) -> int:
     return num_blocks
 
 
+def spread(hashes: np.ndarray, num_blocks: int) -> np.ndarray:
+    """[n] uint64: the hashes with their bits dealt out to the blocks in turn, as neighbours in a pHash go together."""
+    found = np.zeros_like(hashes)
+    dealt = [bit for first in range(num_blocks) for bit in range(first, 64, num_blocks)]
+    for to, bit in enumerate(dealt):
+        found |= ((hashes >> np.uint64(bit)) & np.uint64(1)) << np.uint64(to)
+    return found
+
+
 class Blocks:
     """The blocks of bits of a hash that `spread` has made ready, and the keys that are made of them.
 
@@ -86,15 +95,6 @@ class Blocks:
         self._widths = np.diff(bounds).tolist()
         self._shifts = bounds[:-1]
         self.keys = list(itertools.combinations(range(num_blocks), num_blocks - most_bits))
-
-    def spread(self, hashes: np.ndarray) -> np.ndarray:
-        """[n] uint64: the hashes with their bits dealt out to the blocks in turn, as neighbours go together most."""
-        num_blocks = len(self._widths)
-        dealt = [bit for start in range(num_blocks) for bit in range(start, 64, num_blocks)]
-        found = np.zeros_like(hashes)
-        for to, bit in enumerate(dealt):
-            found |= ((hashes >> np.uint64(bit)) & np.uint64(1)) << np.uint64(to)
-        return found
 
     def key_bits(self, number: int) -> int:
         """How many bits the key of this number has."""
@@ -122,7 +122,7 @@ def write_bit_keys(keys: Pass, number: int, num_blocks: int, most_bits: int, par
     key, row, first = keyed_rows(keys, number)
     head = row == first
     blocks = Blocks(num_blocks, most_bits)
-    hashes, row = blocks.spread(key[head, 0]), row[head]
+    hashes, row = spread(key[head, 0], num_blocks), row[head]
     columns: list[list[np.ndarray]] = [[], [], []]
     for at in range(len(blocks.keys)):
         value = blocks.ahead(hashes, at) >> np.uint64(64 - blocks.key_bits(at))
@@ -172,7 +172,7 @@ def close_pairs(hashes: np.ndarray, blocks: Blocks, number: int, most_bits: int)
 
 
 @numba.njit
-def _num_bits(word):
+def num_bits(word):
     """How many bits of a uint64 are set; compilers know this form as one instruction."""
     word -= (word >> uint64(1)) & uint64(0x5555555555555555)
     word = (word & uint64(0x3333333333333333)) + ((word >> uint64(2)) & uint64(0x3333333333333333))
@@ -212,7 +212,7 @@ def _join_all(hashes, places, start, end, most_bits, parent, earlier, left, righ
         one = hashes[i]
         for j in range(start, i):
             difference = one ^ hashes[j]
-            if _num_bits(difference) <= uint64(most_bits):
+            if num_bits(difference) <= uint64(most_bits):
                 num = _join(places[i], places[j], difference, parent, earlier, left, right, num)
     return num
 

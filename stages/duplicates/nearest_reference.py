@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.compiled import Compiled
+from stages.duplicates.bit_distance import num_bits, spread
 from stages.unit_vectors import float32_error, unit
 
 MOST_PART_BITS = 16  # of a part that are looked up: 65,536 buckets
@@ -66,24 +67,24 @@ class CloseHashes:
         width = min(bounds[1], MOST_PART_BITS)  # bounds[1] is the narrowest part
         self._shifts = np.array(bounds[:-1], np.uint64)
         self._mask = np.uint64((1 << width) - 1)
-        spread = _spread(hashes, num_parts)
+        dealt = spread(hashes, num_parts)
         self._hashes = np.empty((num_parts, len(hashes)), np.uint64)
         self._references = np.empty((num_parts, len(hashes)), np.int64)
         self._starts = np.empty((num_parts, (1 << width) + 1), np.int64)
         for part, shift in enumerate(self._shifts):
-            key = (spread >> shift) & self._mask
+            key = (dealt >> shift) & self._mask
             order = np.argsort(key, kind="stable")
-            self._hashes[part], self._references[part] = spread[order], references[order]
+            self._hashes[part], self._references[part] = dealt[order], references[order]
             self._starts[part] = np.searchsorted(key[order], np.arange((1 << width) + 1, dtype=np.uint64))
 
     def pairs(self, hashes: np.ndarray) -> Pairs:
         """Of rows with these hashes ([n] uint64); the distance is in bits."""
-        spread = _spread(hashes, len(self._shifts))
+        dealt = spread(hashes, len(self._shifts))
         room = len(hashes)
         while True:
             row, reference, bits = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.float32)
             num = _close(
-                spread,
+                dealt,
                 self._hashes,
                 self._references,
                 self._starts,
@@ -99,15 +100,6 @@ class CloseHashes:
             room = num
 
 
-def _spread(hashes: np.ndarray, num_parts: int) -> np.ndarray:
-    """[n] uint64: the hashes with their bits dealt out to the parts in turn; neighbours in a pHash go together."""
-    found = np.zeros_like(hashes)
-    dealt = [bit for first in range(num_parts) for bit in range(first, 64, num_parts)]
-    for to, bit in enumerate(dealt):
-        found |= ((hashes >> np.uint64(bit)) & np.uint64(1)) << np.uint64(to)
-    return found
-
-
 def _close_loop(rows, hashes, references, starts, shifts, mask, most_bits, row_out, reference_out, bits_out):
     """How many pairs there are; as many as there is room for are in the last three arrays."""
     num = 0
@@ -116,10 +108,7 @@ def _close_loop(rows, hashes, references, starts, shifts, mask, most_bits, row_o
             key = (rows[row] >> shifts[part]) & mask
             for at in range(starts[part, key], starts[part, key + np.uint64(1)]):
                 difference = rows[row] ^ hashes[part, at]
-                word = difference - ((difference >> np.uint64(1)) & np.uint64(0x5555555555555555))
-                word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-                word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-                bits = (word * np.uint64(0x0101010101010101)) >> np.uint64(56)
+                bits = num_bits(difference)
                 if bits > np.uint64(most_bits):
                     continue
                 found = False  # through an earlier part
