@@ -62,8 +62,8 @@ class Contamination(Stage):
         min_cosine: the least cosine of a match; what is right differs from model to model.
 
     Cost: for n rows and m images five columns read once, 60 bytes an image loaded by each task, and for 4 bits about
-    3 s of a core for a million rows and 200,000 images; with vectors of d dimensions n m d multiplications in float32 (an
-    hour of a core for as many at 512), and 6 d bytes an image. Exchanged: about 60 bytes a match.
+    3 s of a core for a million rows and 200,000 images; with vectors of d dimensions n m d multiplications in float32
+    (an hour of a core for as many at 512), and 6 d bytes an image. Exchanged: about 60 bytes a match.
     """
 
     against: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] | str = TASKS
