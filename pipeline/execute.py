@@ -77,6 +77,9 @@ class Executor:
         for name in wanted:
             step = self.plan.steps[name]
             self.engine.check_fits(self._resources(step), f"cluster.{step.resources}")
+        for name in wanted:
+            if outcome.statuses[name].state == "unavailable":
+                outcome.failures[name] = outcome.statuses[name].why
         running: dict[concurrent.futures.Future, list[str]] = {}
         write_plan(self.run_path, outcome)
         threading.Thread(target=self._watch_trainings, daemon=True).start()
@@ -128,7 +131,7 @@ class Executor:
             step = self.plan.steps[name]
             key: Any = name
             if isinstance(step.work, Stage) and not step.work.whole_pool:
-                key = ("stages", step.inputs["pool"], repr(self._resources(step)))
+                key = ("stages", step.inputs["pool"], step.inputs.get("within"), repr(self._resources(step)))
             elif step.kind == "results":
                 key = ("results", step.inputs["checkpoint"])
             elif step.kind == "checkpoint":
@@ -299,6 +302,7 @@ class Executor:
                 self._model(step, statuses),
                 resources.batch_size,
                 self._references(step, statuses),
+                _path(statuses, step.inputs["within"]) if "within" in step.inputs else None,
             )
             for step in steps
         ]

@@ -3,6 +3,7 @@
     pool -> stages' columns -> selection -> train_set -> train (per seed) -> eval (per task)
       ^      ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
       ^      ^ or references: pools of their own (a task's images among them), with columns of their own
+      ^      ^ or a strategy that it works within, which is a selection: rows outside are to it as failed rows are
       ^ where the source is a table of URLs: urls -> columns that need no image -> selection -> download
 
 A step makes one artifact. Its identity is its values and the digests of its inputs' content, so it is known once the
@@ -53,11 +54,15 @@ class Step:
     inputs: Mapping[str, str] = field(default_factory=dict)  # role -> step
     resources: str = ""  # its name in `cluster:`
     work: Any = None
+    unavailable: str = ""  # why it can't be made here: an asset that is missing, and where to get it
 
 
 @dataclass(frozen=True)
 class Status:
-    """`state` is done, todo or pending; the artifact is known unless pending; `why` says what made it so."""
+    """`state` is done, todo, pending or unavailable; `why` says what made it so.
+
+    The artifact is known of what is done or to be done.
+    """
 
     state: str
     artifact: artifact.Artifact | None
@@ -110,7 +115,7 @@ def build(config: Config, place: str) -> Plan:
     settings = _download_settings(read, config.pool, f"{place}: pool")
     exclude = exclusion.parse(config.exclude.uids, config.exclude.domains, f"{place}: exclude")
     recipes = _recipes(config, place)
-    stages = _stages(config, place)
+    stages, limits = _stages(config, place)
     carried = sources.carried_columns(read.work)
     own_types = {**POOL_TYPES, **carried, **(DOWNLOAD_TYPES if settings else {})}  # of the pool itself
     column_types = dict(own_types)
@@ -128,9 +133,15 @@ def build(config: Config, place: str) -> Plan:
         columns=column_types,
     )
 
+    for alias, strategy in limits.items():
+        if strategy not in parsed:
+            hint = suggestion(strategy, parsed)
+            raise ConfigError(f"{place}: stages.{alias}.within = {strategy}, expected a strategy.{hint}")
+
     # Stages and models depend on each other in turns: a stage on a model, a model on a strategy, that on columns.
     columns: dict[str, tuple[str, str]] = {}
     visiting: list[str] = []
+    warnings: list[str] = []
 
     def owner_of(column: str) -> str | None:
         return next((alias for alias, stage in stages.items() if column in stage_columns(alias, stage)), None)
@@ -179,6 +190,8 @@ def build(config: Config, place: str) -> Plan:
             inputs[f"column/{column}"] = add_stage(owner, pool_step)
         if stage.uses_references:
             inputs |= add_references(alias, stage)
+        if alias in limits and pool_step == "pool":
+            inputs["within"] = add_choice(f"{alias}/within", limits[alias], f"{place}: stages.{alias}.within")
         try:
             owners = {column: owner_of(column) for column in stage.needs}
             types = {column: column_types[column] for column in stage.needs}
@@ -186,8 +199,11 @@ def build(config: Config, place: str) -> Plan:
         except ConfigError as error:
             raise ConfigError(f"{place}: stages.{alias}.{error}") from error
         values: dict[str, Any] = {"fields": _fields(stage)}
-        for parameter, path in stage.external_files().items():
-            values["fields"][parameter] = _file_digest(path, f"{place}: stages.{alias}.{parameter}")
+        missing = stage.unavailable()
+        if missing:
+            warnings.append(f"stages.{alias} does not run, and what needs it is N/A: {missing}")
+        else:
+            values["fields"] |= _external_digests(stage, f"{place}: stages.{alias}")
         if stage.uses_model:
             name = stage.model  # type: ignore[attr-defined]
             if name not in config.models:
@@ -200,7 +216,7 @@ def build(config: Config, place: str) -> Plan:
             else:
                 values["fields"]["model"] = _published_model(model, f"{place}: models.{name}")
         visiting.pop()
-        add(Step(step_name, stage_name(stage), stage.version, values, inputs, resources=alias, work=stage))
+        add(Step(step_name, stage_name(stage), stage.version, values, inputs, alias, stage, missing))
         if pool_step == "pool":
             columns.update(dict(zip(stage_columns(alias, stage), ((alias, own) for own in stage.adds), strict=True)))
         return step_name
@@ -257,14 +273,10 @@ def build(config: Config, place: str) -> Plan:
         pool_step = f"reference/{reference}" if reference else "pool"
         inputs = {"pool": pool_step}
         if reference:
-            chosen, name = algebra.parse_strategies({"everything": {}}, place, columns={}), "everything"
+            chosen = algebra.parse_strategies({"everything": {}}, place, columns={})
+            selection = add_selection(f"{prefix}selection", chosen, "everything", inputs, f"{place}: strategies")
         else:
-            chosen, name = parsed, choice
-            for column in sorted(algebra.used_columns(parsed, choice)):
-                owner = owner_of(column)
-                if owner:
-                    inputs[f"column/{column}"] = add_stage(owner)
-        selection = add_selection(f"{prefix}selection", chosen, name, inputs, f"{place}: strategies")
+            selection = add_choice(f"{prefix}selection", choice, f"{place}: strategies")
         return add(
             Step(
                 f"{prefix}train_set",
@@ -275,6 +287,15 @@ def build(config: Config, place: str) -> Plan:
                 "train_set",
             )
         )
+
+    def add_choice(step_name: str, strategy: str, where: str) -> str:
+        """The selection of a strategy over the pool, after the stages whose columns it uses."""
+        inputs = {"pool": "pool"}
+        for column in sorted(algebra.used_columns(parsed, strategy)):
+            owner = owner_of(column)
+            if owner:
+                inputs[f"column/{column}"] = add_stage(owner)
+        return add_selection(step_name, parsed, strategy, inputs, where)
 
     def add_selection(
         step_name: str, chosen: Mapping[str, Any], name: str, inputs: dict[str, str], where: str, first: bool = False
@@ -317,7 +338,7 @@ def build(config: Config, place: str) -> Plan:
     in_use = {config.train.recipe: shared} | {
         model.recipe: recipes[model.recipe] for model in config.models.values() if model.recipe
     }
-    warnings = [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
+    warnings += [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
     return Plan(config, steps, columns, shared, tasks, warnings, exclude)
 
 
@@ -335,6 +356,9 @@ def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = 
         before = (known or {}).get(name)
         if before is not None and before.state == "done":
             found[name] = before
+            continue
+        if step.unavailable:
+            found[name] = Status("unavailable", None, step.unavailable)
             continue
         waiting = [other for other in step.inputs.values() if found[other].state != "done"]
         if waiting:
@@ -373,7 +397,7 @@ def identity(step: Step, found: Mapping[str, Status]) -> dict[str, Any]:
     for role, name in step.inputs.items():
         record = found[name].record
         assert record is not None  # done steps have one
-        by_name = isinstance(step.work, Stage) and role != "model" and not step.work.whole_pool
+        by_name = isinstance(step.work, Stage) and role not in ("model", "within") and not step.work.whole_pool
         inputs[role] = record["fingerprint"] if by_name else artifact.content_digest(record)
     return {"version": step.version, **step.values, "inputs": inputs}
 
@@ -421,10 +445,14 @@ def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None
         phrases.append(f"reference {reference} instead of the pool")
     chosen, name, _ = plan.steps[f"{strategy}/selection"].work
     columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
-    for alias in sorted({plan.columns[column][0] for column in columns if column in plan.columns}):
+    judges = {plan.columns[column][0] for column in columns if column in plan.columns}
+    own = {alias for alias, _ in plan.columns.values()}
+    for alias in sorted(own.intersection(plan.ancestors(sorted(judges)))):  # those that they build on as well
         stage = plan.steps[alias].work
-        if stage.uses_references:
-            phrases.append(f"images of {', '.join(references_of(plan.steps[alias]))}, to know their copies")
+        references = references_of(plan.steps[alias])
+        if references:
+            phrases.append(f"compared with {', '.join(references)}")
+        phrases += _files_used(stage)
         if not stage.uses_model:
             continue
         model = config.models[stage.model]
@@ -438,6 +466,17 @@ def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None
             hours = f"{facts['gpu_hours']:.2g} GPU-h" if facts["gpu_hours"] else f"{facts['cpu_hours']:.2g} CPU-h"
             phrase += f", {facts['samples_seen']:,} samples, {hours}"
         phrases.append(phrase)
+    return phrases
+
+
+def _files_used(stage: Stage) -> list[str]:
+    """A phrase for each parameter of the stage that names files of the user's."""
+    phrases = []
+    for parameter in sorted({key.split(".")[0] for key in stage.external_files()}):
+        paths = getattr(stage, parameter)
+        several = paths.values() if isinstance(paths, Mapping) else [paths] if isinstance(paths, str) else paths
+        if names := ", ".join(storage.name_of(path) for path in several if path):
+            phrases.append(f"{parameter} {names}")
     return phrases
 
 
@@ -499,9 +538,10 @@ def _recipe(recipes: Mapping[str, recipe.Recipe], name: str, place: str) -> reci
     return recipes[name]
 
 
-def _stages(config: Config, place: str) -> dict[str, Stage]:
-    """{alias: stage} in the config's order."""
+def _stages(config: Config, place: str) -> tuple[dict[str, Stage], dict[str, str]]:
+    """({alias: stage} in the config's order, {alias: the strategy that it works within} of those that do)."""
     found: dict[str, Stage] = {}
+    limits: dict[str, str] = {}
     for index, entry in enumerate(config.stages):
         where = f"{place}: stages.{index}"
         fields = {"name": entry} if isinstance(entry, str) else dict(entry)
@@ -513,12 +553,35 @@ def _stages(config: Config, place: str) -> dict[str, Stage]:
             raise ConfigError(f"{where}.as = {alias}, expected a name of a-z, 0-9, _ that is no other step's")
         if alias in found:
             raise ConfigError(f"{where}: a second stage is called {alias}; give it another name with `as:`")
+        if "within" in fields:
+            limits[alias] = str(fields.pop("within"))
         stage = build_stage(name, fields, where)
         try:
-            given = [parameter for parameter in stage.external_files() if getattr(stage, parameter)]
+            given = {parameter.split(".")[0] for parameter in stage.external_files()}
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-        found[alias] = replace(stage, **{name: storage.absolute(getattr(stage, name)) for name in given})
+        paths = {parameter: getattr(stage, parameter) for parameter in given}
+        found[alias] = replace(stage, **{parameter: _absolute(value) for parameter, value in paths.items() if value})
+    return found, limits
+
+
+def _absolute(paths: Any) -> Any:
+    """The path, or the list or mapping of paths, made absolute."""
+    if isinstance(paths, Mapping):
+        return {key: storage.absolute(path) for key, path in paths.items()}
+    return storage.absolute(paths) if isinstance(paths, str) else tuple(map(storage.absolute, paths))
+
+
+def _external_digests(stage: Stage, place: str) -> dict[str, Any]:
+    """{parameter: digest of its file, or {key: digest} of its files}: what identifies them, wherever they are."""
+    found: dict[str, Any] = {}
+    for parameter, path in stage.external_files().items():
+        name, several, key = parameter.partition(".")
+        digest = _file_digest(path, f"{place}.{parameter}")
+        if several:
+            found.setdefault(name, {})[key] = digest
+        else:
+            found[name] = digest
     return found
 
 
@@ -662,6 +725,7 @@ def describe(plan: Plan, wanted: list[str]) -> str:
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
     ]
-    counts = {state: sum(row[1] == state for row in rows) for state in ("done", "todo", "pending")}
-    lines.append(f"root {plan.config.root}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
+    counts = {state: sum(row[1] == state for row in rows) for state in ("done", "todo", "pending", "unavailable")}
+    told = [f"{count} {state}" for state, count in counts.items() if count or state != "unavailable"]
+    lines.append(f"root {plan.config.root}: " + ", ".join(told))
     return "\n".join(lines)

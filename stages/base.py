@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pipeline.core import storage
 from pipeline.core.passes import Passes
 from stages.pool_blocks import Block
 
@@ -62,6 +63,7 @@ class Stage:
     adds: ClassVar[Mapping[str, str]] = {}  # column -> a key of column_files.ARROW_TYPES
     uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
     uses_references: ClassVar[bool] = False  # True: its field `against` names references, and fit_against is its fit
+    assets: ClassVar[Mapping[str, str]] = {}  # external file that may be missing -> where to get it, in one line
     whole_pool: ClassVar[bool] = False  # True: `fit` comes first, and any change of the pool makes all files stale
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
 
@@ -71,8 +73,23 @@ class Stage:
         return self.needs
 
     def external_files(self) -> Mapping[str, str]:
-        """{parameter: path} of files outside the pool that decide values; their content is part of the identity."""
+        """{parameter: path} of files outside the pool that decide values; their content is part of the identity.
+
+        A parameter of several files (a mapping, a list, a folder) gives an entry for each: `parameter.key`.
+        """
         return {}
+
+    def unavailable(self) -> str:
+        """ "" where the stage can run, else one line: which asset is missing here, and where to get it.
+
+        Such a stage does not run and nothing takes its place: strategies that need it are N/A.
+        """
+        files = self.external_files()
+        for asset, where in self.assets.items():
+            for parameter, path in files.items():
+                if path and parameter.split(".")[0] == asset and not storage.exists(path):
+                    return f"{parameter} = {path} is not there: {where}"
+        return ""
 
     def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
         """None. Raises ConfigError, without a place, when a needed column can't serve.

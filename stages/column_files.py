@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -67,6 +68,13 @@ def open_columns(path: str, shard: Shard) -> pq.ParquetFile:
     if file.metadata.num_rows != shard.rows:
         raise WinnowError(f"{place}: {file.metadata.num_rows} rows, expected the pool shard's {shard.rows}")
     return file
+
+
+def chosen_rows(selection_path: str, shard: Shard) -> np.ndarray:
+    """[rows] bool: which rows of the shard are in a selection; of how often, nothing is said."""
+    chosen = np.zeros(shard.rows, dtype=bool)
+    chosen[pool.read_table(file_path(selection_path, shard), ["row"])["row"].to_numpy()] = True
+    return chosen
 
 
 def row_groups(file: pq.ParquetFile, columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:

@@ -2,6 +2,8 @@
 
 Rows are numbered through the pool in the order of its shards; passes hand these numbers (uint64) to each other. Names
 and numbers are of no consequence to what comes out: whatever is decided is decided by content and uid.
+
+A stage that works `within` a strategy sees the rows outside it as it sees failed rows: not ok, and without values.
 """
 
 from __future__ import annotations
@@ -9,19 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core import storage
 from pipeline.core.pool import Shard
-from stages.column_files import Column, open_columns
+from stages.column_files import Column, chosen_rows, open_columns
 
 BLOCK_ROWS = 1_000_000  # most rows of a block of more than one shard
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive shards of a pool, and where the columns of its rows are; small, as it goes to every task."""
+    """Consecutive shards of a pool, and where the columns of its rows are; small, as it goes to every task.
+
+    `within` is the folder of the selection outside which no row counts; None: all rows do.
+    """
 
     number: int
     pool_path: str
@@ -29,6 +36,7 @@ class Block:
     first_shard: int  # number of the first shard in the pool
     first_row: int
     columns: Mapping[str, Column]
+    within: str | None = None
 
     @property
     def rows(self) -> int:
@@ -59,6 +67,9 @@ class Block:
                 found |= {name: table[self.columns[name].name] for name in wanted}
             finally:
                 file.close(force=True)
+        if self.within is not None:
+            chosen = chosen_rows(self.within, shard)
+            found = {name: _hidden(name, column, chosen) for name, column in found.items()}
         return pa.table({name: found[name] for name in names})
 
     def metadata(self, name: str) -> Mapping[bytes, bytes]:
@@ -71,10 +82,27 @@ class Block:
             file.close(force=True)
 
 
+def _hidden(name: str, column: pa.ChunkedArray, chosen: np.ndarray) -> pa.ChunkedArray:
+    """The column as it is for a stage that works within a selection. uids stay: they say nothing of a row."""
+    if name == "uid":
+        return column
+    outside = pa.scalar(False if name == "ok" else None, column.type)
+    return pc.if_else(pa.array(chosen), column, outside)
+
+
 def blocks(
-    pool_path: str, shards: Sequence[Shard], columns: Mapping[str, Column], most_rows: int = BLOCK_ROWS
+    pool_path: str,
+    shards: Sequence[Shard],
+    columns: Mapping[str, Column],
+    most_rows: int = BLOCK_ROWS,
+    *,
+    within: str | None = None,
 ) -> list[Block]:
-    """The pool's blocks in order: as many shards each as have at most `most_rows` rows together, but at least one."""
+    """The pool's blocks in order: as many shards each as have at most `most_rows` rows together, but at least one.
+
+    Args:
+        within: see Block.
+    """
     found: list[Block] = []
     group: list[Shard] = []
     first_row = rows = 0
@@ -82,7 +110,8 @@ def blocks(
     def close(next_shard: int) -> None:
         nonlocal first_row, rows
         if group:
-            found.append(Block(len(found), pool_path, tuple(group), next_shard - len(group), first_row, columns))
+            first_shard = next_shard - len(group)
+            found.append(Block(len(found), pool_path, tuple(group), first_shard, first_row, columns, within))
         first_row, rows = first_row + rows, 0
         group.clear()
 

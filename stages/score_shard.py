@@ -26,7 +26,7 @@ from pipeline.core import images, pool, storage
 from pipeline.core.errors import ImageError, WinnowError
 from pipeline.core.pool import Shard
 from stages.base import Batch, Stage
-from stages.column_files import ARROW_TYPES, Column, file_path, is_current, open_columns, row_groups
+from stages.column_files import ARROW_TYPES, Column, chosen_rows, file_path, is_current, open_columns, row_groups
 
 GROUP_ROWS = 4096
 BATCH_PIXELS = 128_000_000  # of one batch, or one image: 384 MB as RGB
@@ -50,13 +50,16 @@ class LoadedStage:
         return self.batch_size or self.stage.batch_size
 
 
-def score_shard(pool_path: str, shard: Shard, stages: Sequence[LoadedStage], threads: int = 1) -> dict[str, Any]:
+def score_shard(
+    pool_path: str, shard: Shard, stages: Sequence[LoadedStage], threads: int = 1, within: str | None = None
+) -> dict[str, Any]:
     """Facts of the pass; each stage's file of this shard is there, whole, when this returns.
 
     Files that are there already and belong to the shard as it is now are kept.
 
     Args:
         threads: threads that decode images, beside the caller's.
+        within: the folder of a selection; its rows are scored, the others get nulls as failed rows do.
 
     Returns:
         {rows, ok_rows, image_bytes, seconds: {out_path: seconds in process()}} of what was computed now, and
@@ -70,11 +73,13 @@ def score_shard(pool_path: str, shard: Shard, stages: Sequence[LoadedStage], thr
     if not pending:
         return facts
     facts["seconds"] = {entry.out_path: 0.0 for entry in pending}
+    chosen = None if within is None else chosen_rows(within, shard)
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(ThreadPoolExecutor(threads))
         writers = [_Writer(stack, entry, shard) for entry in pending]
         for group in _groups(stack, pool_path, shard, pending):
-            ok_rows = np.flatnonzero(group.rows["ok"].to_numpy())
+            ok = group.rows["ok"].to_numpy()
+            ok_rows = np.flatnonzero(ok if chosen is None else ok & chosen[group.first_row :][: len(ok)])
             facts["ok_rows"] += len(ok_rows)
             _score_group(pool_path, shard, group, ok_rows, writers, decoder, facts)
             for writer in writers:

@@ -26,7 +26,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage to run: where it writes, the columns that it needs, the model and the references that it names."""
+    """One stage to run: where it writes, the columns that it needs, the model and the references that it names.
+
+    `within` is the folder of a selection: the rows outside it are to the stage as failed rows are.
+    """
 
     stage: Stage
     out_path: str
@@ -34,6 +37,7 @@ class StageJob:
     model: Mapping[str, Any] | None = None
     batch_size: int | None = None
     references: Mapping[str, Reference] = field(default_factory=dict)
+    within: str | None = None
 
 
 def fit_path(job: StageJob) -> str | None:
@@ -49,7 +53,7 @@ def fit(pool_path: str, job: StageJob, shards: Sequence[Shard], passes: Passes) 
     """
     path = storage.join(passes.folder, FACTS)
     if not storage.exists(path):
-        own = blocks(pool_path, shards, job.columns)
+        own = blocks(pool_path, shards, job.columns, within=job.within)
         if job.stage.uses_references:
             references = {
                 name: blocks(reference.pool_path, reference.shards, reference.columns)
@@ -64,11 +68,12 @@ def fit(pool_path: str, job: StageJob, shards: Sequence[Shard], passes: Passes) 
 
 
 class StageWorker:
-    """Scores shards of one pool with several stages; built once per actor."""
+    """Scores shards of one pool with several stages, all within the same selection or none; built once per actor."""
 
     def __init__(self, pool_path: str, jobs: Sequence[StageJob], device: str, threads: int):
         self.pool_path = pool_path
         self.threads = threads
+        self.within = jobs[0].within
         self.stages = [
             LoadedStage(
                 job.stage,
@@ -82,4 +87,4 @@ class StageWorker:
 
     def process(self, shard: Shard) -> dict[str, Any]:
         """Facts of one shard: see score_shard."""
-        return score_shard(self.pool_path, shard, self.stages, self.threads)
+        return score_shard(self.pool_path, shard, self.stages, self.threads, self.within)

@@ -166,7 +166,7 @@ def test_every_planted_copy_is_found_by_the_surest_method_and_nothing_else(done)
 def test_a_strategy_leaves_the_copies_out_and_says_what_it_used(done):
     plan, outcome, _ = done
     assert outcome.statuses["clean/selection"].record["facts"]["kept_rows"] == 31
-    assert planning.uses(plan, "clean") == ["images of shapes, sights, to know their copies"]
+    assert planning.uses(plan, "clean") == ["compared with shapes, sights"]
     assert planning.uses(plan, "no_filter") == []
 
 

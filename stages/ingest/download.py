@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 from pipeline.core import pool, storage
 from pipeline.core.errors import DOWNLOAD_FAILURES, ImageError, NetworkDownError
 from pipeline.core.pool import Shard
-from stages.column_files import file_path
+from stages.column_files import chosen_rows
 from stages.exclusion import Exclusion, host_of
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.ingest.samples import CARRIED_TYPES
@@ -192,8 +192,7 @@ class DownloadWorker:
             excluded = self.excluded.rows(pairs, [table["url"].to_pylist()])
         chosen = np.ones(len(rows), dtype=bool)
         if self.job.selection_path is not None:
-            chosen[:] = False
-            chosen[pool.read_table(file_path(self.job.selection_path, shard), ["row"])["row"].to_numpy()] = True
+            chosen = chosen_rows(self.job.selection_path, shard)
         before = [None] * len(rows) if old is None else old["error"].to_pylist()
         for index, reason in enumerate(reasons):
             if old is not None and before[index] not in retry:

@@ -1,0 +1,124 @@
+"""Stages that work within a strategy: rows outside are to them as failed rows are."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline import plan as planning
+from pipeline.core import config, pool
+from pipeline.core.errors import ConfigError
+from stages.base import LoadContext
+from stages.columns.caption_duplicates import CaptionDuplicates
+from stages.columns.minhash import MinHash
+from stages.columns.semdedup import SemDeDup
+from stages.score_shard import LoadedStage, score_shard
+from stages.selection import choose
+from stages.selection.strategies import parse_strategies
+from stages.stage_worker import StageJob, fit, fit_path
+from tests.engine_fixture import run_here
+from tests.passes_fixture import passes_here
+from tests.pool_fixture import drawing, write_columns, write_pool
+
+TINY = str(pathlib.Path(__file__).resolve().parent / "tiny.yaml")
+CAPTIONS = [f"a photo of thing {number % 7} and more words beside it" for number in range(40)]
+
+
+def plan_of(tmp_path, *overrides):
+    return planning.build(config.load(TINY, [f"root={tmp_path}/root", *overrides]), TINY)
+
+
+def columns_of(pool_path, out, stages, columns, within=None):
+    """{column: its values in the pool's order} of stages that run one after the other on the pool."""
+    found, columns = {}, dict(columns)
+    for number, stage in enumerate(stages):
+        needed = {name: columns[name] for name in stage.needs if name in columns}
+        job = StageJob(stage, f"{out}/{number}", needed, within=within)
+        shards = pool.load_shards(pool_path)
+        if stage.whole_pool:
+            fit(pool_path, job, shards, passes_here(fit_path(job)))
+        entry = LoadedStage(stage, stage.load(LoadContext(fit_path=fit_path(job))), job.out_path, 3, needed)
+        tables = []
+        for shard in shards:
+            score_shard(pool_path, shard, [entry], within=within)
+            tables.append(pool.read_table(f"{job.out_path}/{shard.name}.parquet"))
+        for name in stage.adds:
+            found[name] = pa.concat_tables(tables)[name].to_pylist()
+            columns[name] = choose.Column(job.out_path, name)
+    return found
+
+
+def test_rows_outside_are_as_failed_rows(tmp_path):
+    chosen = np.random.default_rng(0).random(40) < 0.6
+    vectors = np.random.default_rng(1).normal(size=(40, 8)).astype(np.float16)
+
+    def made(name, there):
+        rows = [{"image": drawing(n) if there[n] else None, "caption": CAPTIONS[n]} for n in range(40)]
+        path = write_pool(tmp_path / name, [rows[:13], rows[13:14], rows[14:]])
+        kept = pa.array([vector if there[n] else None for n, vector in enumerate(vectors)], pa.list_(pa.float16()))
+        return path, write_columns(tmp_path / name, path, {"clip_image": kept})
+
+    path, columns = made("whole", np.ones(40, bool))
+    wanted = write_columns(tmp_path / "whole", path, {"wanted": pa.array(chosen)})
+    strategies = parse_strategies({"s": {"where": ["wanted == true"]}}, "s", {"wanted": "bool"})
+    selection = str(tmp_path / "selection")
+    choose.select(path, wanted, strategies, "s", selection)
+    failed_path, failed_columns = made("failed", chosen)
+
+    stages = [MinHash(), CaptionDuplicates(), SemDeDup(clusters=3)]
+    found = columns_of(path, tmp_path / "a", stages, columns, within=selection)
+    expected = columns_of(failed_path, tmp_path / "b", stages, failed_columns)
+    assert found == expected
+    for values in found.values():
+        assert [value is not None for value in values] == chosen.tolist()
+
+
+def test_a_run_scores_within_what_a_strategy_chose(tmp_path):
+    stage = "stages=[image_stats, caption_stats, language, {name: hashes, within: some}, {name: hashes, as: all}]"
+    plan = plan_of(
+        tmp_path, stage, "strategies={some: {random: {fraction: 0.3}}, oracle: {}}", "compare=[oracle]", "models={}"
+    )
+    assert plan.steps["hashes"].inputs == {"pool": "pool", "within": "hashes/within"}
+    outcome = run_here(plan, ["hashes", "all"])
+    assert not outcome.failures
+    path = {name: outcome.statuses[name].artifact.path for name in ("pool", "hashes", "all", "hashes/within")}
+    inside = 0
+    for shard in pool.load_shards(path["pool"]):
+        some, everything = (pool.read_table(f"{path[name]}/{shard.name}.parquet") for name in ("hashes", "all"))
+        rows = pool.read_table(f"{path['hashes/within']}/{shard.name}.parquet")["row"].to_pylist()
+        for name in ("pixels_sha256", "caption_sha256"):
+            values = everything[name].to_pylist()
+            assert some[name].to_pylist() == [value if row in rows else None for row, value in enumerate(values)]
+        inside += len(rows)
+    assert 60 < inside == outcome.statuses["hashes/within"].record["facts"]["kept_rows"] < 80
+
+
+def test_another_choice_within_is_another_identity(tmp_path):
+    def fingerprint(fraction):
+        stages = "stages=[image_stats, caption_stats, language, {name: hashes, within: some}]"
+        strategies = f"strategies={{some: {{random: {{fraction: {fraction}}}}}, oracle: {{}}}}"
+        plan = plan_of(tmp_path, stages, strategies, "compare=[oracle]", "models={}")
+        return run_here(plan, ["hashes"]).statuses["hashes"].artifact.name
+
+    assert fingerprint(0.3) != fingerprint(0.4)
+    assert fingerprint(0.3) == fingerprint(0.3)
+
+
+@pytest.mark.parametrize(
+    "stages, strategies, message",
+    [
+        ("[{name: hashes, within: sume}]", "{some: {}}", r"stages\.hashes\.within = sume, expected a strategy\. Did you"),
+        (
+            "[{name: caption_stats, within: some}]",
+            "{some: {where: [caption_words > 3]}}",
+            "stages.caption_stats -> stages.caption_stats: a cycle, expected none",
+        ),
+        ("[{name: hashes, within: some}]", "{some: {reference: trusted}}", r"within = some, expected a strategy"),
+    ],
+)  # fmt: skip
+def test_what_nothing_can_work_within_is_refused(tmp_path, stages, strategies, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(tmp_path, f"stages={stages}", f"strategies={strategies}", "compare=[some]", "models={}")
