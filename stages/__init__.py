@@ -12,6 +12,10 @@ from stages.base import Stage
 STAGES = {
     "image_stats": "stages.columns.image_stats:ImageStats",
     "caption_stats": "stages.columns.caption_stats:CaptionStats",
+    "caption_patterns": "stages.columns.caption_patterns:CaptionPatterns",
+    "caption_frequency": "stages.columns.caption_frequency:CaptionFrequency",
+    "domain_list": "stages.columns.domain_list:DomainList",
+    "metaclip": "stages.columns.metaclip:MetaClip",
     "language": "stages.columns.language:Language",
     "hashes": "stages.columns.hashes:Hashes",
     "placeholders": "stages.columns.placeholders:Placeholders",

@@ -81,27 +81,34 @@ def parse(uids: str | Sequence[str], domains: str | Sequence[str], place: str) -
 
     Args:
         uids: a path, or several.
-        domains: names, or the path of a file with one a line (`#` starts a comment).
+        domains: see parse_domains.
     """
     paths = [uids] if isinstance(uids, str) else list(uids)
-    if isinstance(domains, str):
-        try:
-            lines = storage.read_bytes(domains).decode("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{place}.domains = {domains}, expected a text file: {one_line(error)}") from error
-        domains = [line for line in (line.partition("#")[0].strip() for line in lines) if line]
-    for domain in domains:
-        if not domain or any(character in domain for character in "/:@ *?"):
-            raise ConfigError(f"{place}.domains: {domain!r}, expected a host's name such as example.org")
-    exclusion = Exclusion(
-        tuple(storage.absolute(path) for path in paths), frozenset(_ascii_host(domain) for domain in domains)
-    )
+    exclusion = Exclusion(tuple(storage.absolute(path) for path in paths), parse_domains(domains, f"{place}.domains"))
     for path in exclusion.uid_paths:
         try:
             _read_uids(path)
         except WinnowError as error:
             raise ConfigError(f"{place}.{error}") from error
     return exclusion
+
+
+def parse_domains(domains: str | Sequence[str], place: str) -> frozenset[str]:
+    """The domains as name servers know them. Raises ConfigError for a list that can't be read or a wrong name.
+
+    Args:
+        domains: names, or the path of a file with one a line (`#` starts a comment).
+    """
+    if isinstance(domains, str):
+        try:
+            lines = storage.read_bytes(domains).decode("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{place} = {domains}, expected a text file: {one_line(error)}") from error
+        domains = [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+    for domain in domains:
+        if not domain or any(character in domain for character in "/:@ *?"):
+            raise ConfigError(f"{place}: {domain!r}, expected a host's name such as example.org")
+    return frozenset(_ascii_host(domain) for domain in domains)
 
 
 def host_of(url: str | None) -> str:

@@ -29,6 +29,7 @@ class Placeholders(Stage):
 
     version: ClassVar[int] = 1
     reads: ClassVar[str] = "columns"
+    needs: ClassVar[tuple[str, ...]] = ("sha256",)
     adds: ClassVar[Mapping[str, str]] = {"image_num_urls": "int32", "is_placeholder": "bool"}
     whole_pool: ClassVar[bool] = True
 
