@@ -37,7 +37,7 @@ from stages.base import Stage
 from stages.column_files import Column
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
-from stages.selection import choose, train_set
+from stages.selection import choose, gallery, shares, train_set
 from stages.stage_worker import Reference, StageJob, StageWorker, fit, fit_path
 from training.recipe import Recipe
 from training.worker import train_on_ray
@@ -180,6 +180,8 @@ class Executor:
             "pool": self._run_pool,
             "tasks": self._run_tasks,
             "selection": self._run_selection,
+            "gallery": self._run_gallery,
+            "shares": self._run_shares,
             "train_set": self._run_train_set,
             "checkpoint": self._run_training,
         }
@@ -385,6 +387,22 @@ class Executor:
         self.progress.end(label, f"kept {facts['kept_rows']:,} of {facts['pool_rows']:,}")
         return facts, {}
 
+    def _run_gallery(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        chosen, name, exclude = step.work
+        columns = self._columns(step, statuses)
+        arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name), exclude)
+        facts = self._one(label, gallery.write_gallery, arguments, step)
+        self.progress.end(label, f"{facts['samples']} samples")
+        return facts, {}
+
+    def _run_shares(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        pool_path, selection_path = (_path(statuses, step.inputs[role]) for role in ("pool", "selection"))
+        columns, names = self._columns(step, statuses), step.values["columns"]
+        arguments = (pool_path, selection_path, columns, names, _path(statuses, step.name))
+        facts = self._one(label, shares.write_shares, arguments, step)
+        self.progress.end(label)
+        return facts, {}
+
     def _run_train_set(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         pool_path, selection_path = (_path(statuses, step.inputs[role]) for role in ("pool", "selection"))
         out_path = _path(statuses, step.name)
@@ -556,10 +574,9 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
             from pipeline import report
 
             storage.write_json(storage.join(run_path, "run.json"), run_record(plan, outcome, name, now))
-            board = report.build_report(run_path)
+            text = report.write_report(run_path, log.screen_width())
             progress.close()
-            print(report.terminal_table(board, log.screen_width()))
-            print(f"\nleaderboard: {storage.join(run_path, 'leaderboard.html')}")
+            print(text)
         for step, cause in outcome.failures.items():
             progress.say(f"FAILED  {step}: {cause}")
         progress.event("run_end", failures=outcome.failures)
@@ -601,6 +618,7 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
         ]
         return causes[0] if causes else "not done"
 
+    ends_at_selections = plan.config.pool.download is False
     strategies = []
     for strategy in plan.config.compare:
         strategies.append(
@@ -608,10 +626,12 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
                 "name": strategy,
                 "selection": made(f"{strategy}/selection"),
                 "train_set": made(f"{strategy}/train_set"),
+                "gallery": made(f"{strategy}/gallery"),
+                "shares": made(f"{strategy}/shares"),
                 "compared": True,
                 "label": planning.label(plan, strategy),
                 "uses": planning.uses(plan, strategy, statuses),
-                "error": error(f"{strategy}/train_set"),
+                "error": error(f"{strategy}/{'selection' if ends_at_selections else 'train_set'}"),
             }
         )
     tasks = []
@@ -635,7 +655,8 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
         for alias, step in plan.steps.items()
         if isinstance(step.work, Stage) and step.work.uses_references and step.work.against == planning.TASKS
     ]
-    runs = [(strategy, seed) for strategy in plan.config.compare for seed in plan.config.train.seeds]
+    seeds = [] if ends_at_selections else plan.config.train.seeds
+    runs = [(strategy, seed) for strategy in plan.config.compare for seed in seeds]
     return {
         "config_name": name,
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -677,6 +698,9 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
             for task in tasks
         ],
         "contamination": contamination,
+        "shares": plan.config.shares,
+        "published": plan.config.published,
+        "published_note": plan.config.published_note,
         "baseline": plan.config.baseline or plan.config.compare[0],
     }
 

@@ -5,6 +5,7 @@
       ^      ^ or references: pools of their own (a task's images among them), with columns of their own
       ^      ^ or a strategy that it works within, which is a selection: rows outside are to it as failed rows are
       ^ where the source is a table of URLs: urls -> columns that need no image -> selection -> download
+        with `download: false` the pool is that of `urls`, and the selections are where the plan ends
 
 A step makes one artifact. Its identity is its values and the digests of its inputs' content, so it is known once the
 inputs are finished: until then the step is *pending*. Column steps are identified by the pool's fingerprint instead,
@@ -29,7 +30,7 @@ from stages.column_files import ARROW_TYPES, POOL_TYPES
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.ingest.samples import ORIGINAL_FILE, ORIGINAL_NAME
-from stages.selection import choose, train_set
+from stages.selection import choose, gallery, shares, train_set
 from stages.selection import strategies as algebra
 from training import ledger, recipe
 
@@ -113,6 +114,7 @@ def build(config: Config, place: str) -> Plan:
 
     read = _read_step("pool", config.pool, f"{place}: pool")
     settings = _download_settings(read, config.pool, f"{place}: pool")
+    ends_at_selections = config.pool.download is False
     exclude = exclusion.parse(config.exclude.uids, config.exclude.domains, f"{place}: exclude")
     recipes = _recipes(config, place)
     stages, limits = _stages(config, place)
@@ -125,6 +127,7 @@ def build(config: Config, place: str) -> Plan:
                 raise ConfigError(f"{place}: stages.{alias}: column {column} is there already; use `as:` to prefix it")
             column_types[column] = kind
 
+    _check_shares(config, column_types, place)
     definitions = {name: definition or {} for name, definition in config.strategies.items()}
     on_references = _reference_strategies(config, definitions, place)
     parsed = algebra.parse_strategies(
@@ -146,12 +149,21 @@ def build(config: Config, place: str) -> Plan:
     def owner_of(column: str) -> str | None:
         return next((alias for alias, stage in stages.items() if column in stage_columns(alias, stage)), None)
 
-    def add_pool(name: str, read: Step, settings: DownloadSettings | None, only: str | None = None) -> None:
+    known_without_images: dict[str, set[str]] = {}  # pool that is the rows of tables -> its columns that have values
+
+    def add_pool(read: Step, pool_config: PoolConfig, settings: DownloadSettings | None) -> None:
         """The step that makes a pool; where its images are downloaded, after those that say which."""
+        name, only = read.name, pool_config.only
+        known = {*KNOWN_BEFORE, *sources.carried_columns(read.work)}
+        if pool_config.download is False:
+            known_without_images[name] = known
+            add(replace(read, kind="urls"))  # what a download starts from: the same artifact
+            return
         if settings is None:
             add(read)
             return
         urls = add(replace(read, name="urls" if name == "pool" else f"{name}/urls", kind="urls"))
+        known_without_images[urls] = known
         inputs = {"urls": urls}
         if only is not None:
             inputs["selection"] = add_first_choice(only)
@@ -159,15 +171,19 @@ def build(config: Config, place: str) -> Plan:
 
     def add_first_choice(strategy: str) -> str:
         """The steps that choose rows before anything is downloaded, from what the tables and captions tell."""
-        where = f"{place}: pool.only = {strategy}"
         inputs = {"pool": "urls"}
         for column in sorted(algebra.used_columns(parsed, strategy)):
             owner = owner_of(column)
             if owner:
                 inputs[f"column/{column}"] = add_stage(owner, "urls")
-            elif column not in (*KNOWN_BEFORE, *carried):
-                raise ConfigError(f"{where}: uses {column}, expected only columns that are known before the download")
+            else:
+                check_known(column, "urls", f"{place}: pool.only = {strategy}")
         return add_selection("urls/selection", parsed, strategy, inputs, f"{place}: strategies", first=True)
+
+    def check_known(column: str, pool_step: str, where: str) -> None:
+        """None. Raises ConfigError for a column of the pool itself that has no values without images."""
+        if column not in known_without_images.get(pool_step, own_types):
+            raise ConfigError(f"{where}: uses {column}, expected only columns that are known before the download")
 
     def add_stage(alias: str, pool_step: str = "pool") -> str:
         step_name = alias if pool_step == "pool" else f"{pool_step}/{alias}"
@@ -179,10 +195,17 @@ def build(config: Config, place: str) -> Plan:
                 f"{place}: pool.only = {config.pool.only}: the stage {alias} needs images, a model or the whole pool, "
                 "expected only columns that are known before the download"
             )
+        if pool_step in known_without_images and (stage.reads not in BEFORE_IMAGES or stage.uses_model):
+            raise ConfigError(
+                f"{place}: {pool_step.replace('reference/', 'references.')}.download = false: the stage {alias} needs "
+                "images or a model, expected only stages that read captions or columns"
+            )
         _enter(visiting, f"stages.{alias}", place)
         inputs = {"pool": pool_step}
         for column in stage.needs:
             if column in own_types:
+                if pool_step in ("pool", "urls"):
+                    check_known(column, pool_step, f"{place}: stages.{alias}")
                 continue
             owner = owner_of(column)
             if owner is None:
@@ -234,6 +257,8 @@ def build(config: Config, place: str) -> Plan:
                 raise ConfigError(f"{where} = {', '.join(against)}, expected each reference once")
         elif config.eval.root == DEMO:
             raise ConfigError(f"{where} = {TASKS}: the demo world draws its tasks apart, so no pool has their images")
+        elif ends_at_selections:
+            raise ConfigError(f"{where} = {TASKS}: no task is read with pool.download = false, expected references")
         inputs = {}
         for name in tasks if against == TASKS else against:
             pool_step = add_task_images(name) if against == TASKS else f"reference/{name}"
@@ -267,16 +292,22 @@ def build(config: Config, place: str) -> Plan:
         visiting.pop()
         return add(_train_step(step_name, trained, model.seed or 0, source))
 
-    def add_train_set(prefix: str, choice: str) -> str:
-        """The steps that turn a strategy, or a whole reference, into a train set; `prefix` names them."""
+    def add_chosen(prefix: str, choice: str) -> tuple[str, str]:
+        """(pool, selection): the steps that a strategy, or a whole reference, is; `prefix` names the selection."""
         reference = choice if choice in config.references else on_references.get(choice)
         pool_step = f"reference/{reference}" if reference else "pool"
-        inputs = {"pool": pool_step}
-        if reference:
-            chosen = algebra.parse_strategies({"everything": {}}, place, columns={})
-            selection = add_selection(f"{prefix}selection", chosen, "everything", inputs, f"{place}: strategies")
-        else:
-            selection = add_choice(f"{prefix}selection", choice, f"{place}: strategies")
+        if not reference:
+            return pool_step, add_choice(f"{prefix}selection", choice, f"{place}: strategies")
+        chosen = algebra.parse_strategies({"everything": {}}, place, columns={})
+        where = f"{place}: strategies"
+        return pool_step, add_selection(f"{prefix}selection", chosen, "everything", {"pool": pool_step}, where)
+
+    def add_train_set(prefix: str, choice: str) -> str:
+        """The steps that turn a strategy, or a whole reference, into a train set; `prefix` names them."""
+        pool_step, selection = add_chosen(prefix, choice)
+        if pool_step in known_without_images:
+            reference = pool_step.replace("reference/", "references.")
+            raise ConfigError(f"{place}: {choice}: {reference}.download = false, expected images to train on")
         return add(
             Step(
                 f"{prefix}train_set",
@@ -295,6 +326,8 @@ def build(config: Config, place: str) -> Plan:
             owner = owner_of(column)
             if owner:
                 inputs[f"column/{column}"] = add_stage(owner)
+            else:
+                check_known(column, "pool", f"{place}: strategies.{strategy}")
         return add_selection(step_name, parsed, strategy, inputs, where)
 
     def add_selection(
@@ -309,14 +342,30 @@ def build(config: Config, place: str) -> Plan:
             values["exclude"] = left_out.identity()
         return add(Step(step_name, "selection", choose.VERSION, values, inputs, "select", (chosen, name, left_out)))
 
-    tasks = _add_tasks(config, add, place)
-    add_pool("pool", read, settings, config.pool.only)
+    def add_views(strategy: str) -> None:
+        """The steps that only the report reads: samples around the strategy's cuts, and of what its choice is made."""
+        selection = steps[f"{strategy}/selection"]
+        inputs = {**selection.inputs, "selection": selection.name}
+        name = f"{strategy}/gallery"
+        add(Step(name, "gallery", gallery.VERSION, selection.values, inputs, "select", selection.work))
+        if config.shares and strategy not in on_references:  # a reference has no columns of the pool's stages
+            owners = {column: owner_of(column) for column in config.shares}
+            inputs = {"pool": "pool", "selection": selection.name}
+            inputs |= {f"column/{column}": add_stage(owner) for column, owner in owners.items() if owner}
+            values = {"columns": sorted(config.shares)}
+            add(Step(f"{strategy}/shares", "shares", shares.VERSION, values, inputs, "select"))
+
+    tasks = {} if ends_at_selections else _add_tasks(config, add, place)
+    add_pool(read, config.pool, settings)
     reference_types: dict[str, set[str]] = {}  # of their own columns
     for name, reference in config.references.items():
         where = f"{place}: references.{name}"
         reference_read = _read_step(f"reference/{name}", reference, where)
         reference_types[name] = {*POOL_TYPES, *sources.carried_columns(reference_read.work)}
-        add_pool(f"reference/{name}", reference_read, _download_settings(reference_read, reference, where))
+        reference_settings = _download_settings(reference_read, reference, where)
+        if ends_at_selections and reference_settings:
+            raise ConfigError(f"{where}.download: nothing is downloaded with pool.download = false, expected false")
+        add_pool(reference_read, reference, reference_settings)
     for alias in stages:
         add_stage(alias)
     used = {getattr(stage, "model", None) for stage in stages.values() if stage.uses_model}
@@ -326,7 +375,12 @@ def build(config: Config, place: str) -> Plan:
 
     shared = _recipe(recipes, config.train.recipe, f"{place}: train.recipe")
     for strategy in config.compare:
+        if ends_at_selections:
+            add_chosen(f"{strategy}/", strategy)
+            add_views(strategy)
+            continue
         source = add_train_set(f"{strategy}/", strategy)
+        add_views(strategy)
         for seed in config.train.seeds:
             trained = add(_train_step(f"{strategy}/seed{seed}/train", shared, seed, source))
             for task, data in tasks.items():
@@ -335,7 +389,7 @@ def build(config: Config, place: str) -> Plan:
                 name = f"{strategy}/seed{seed}/eval/{task}"
                 add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
     _check_cluster(config, stages, place)
-    in_use = {config.train.recipe: shared} | {
+    in_use = ({} if ends_at_selections else {config.train.recipe: shared}) | {
         model.recipe: recipes[model.recipe] for model in config.models.values() if model.recipe
     }
     warnings += [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
@@ -507,11 +561,15 @@ def _read_step(name: str, config: PoolConfig, place: str) -> Step:
 
 
 def _download_settings(read: Step, config: PoolConfig, place: str) -> DownloadSettings | None:
-    """How the pool's images are downloaded; None where its sources have them."""
+    """How the pool's images are downloaded; None where its sources have them, or with `download: false`."""
     if next(iter(read.work.values())).layout != sources.URLS:
         for key in ("download", "only"):
             if getattr(config, key) is not None:
                 raise ConfigError(f"{place}.{key} has no effect: the source is no table of URLs; leave it out")
+        return None
+    if config.download is False:
+        if config.only is not None:
+            raise ConfigError(f"{place}.only has no effect with download: false, expected it to be left out")
         return None
     settings: DownloadSettings = validate(DownloadSettings, config.download or {}, f"{place}.download")
     for reason in settings.retry if isinstance(settings.retry, list) else ():
@@ -624,6 +682,18 @@ def _reference_strategies(config: Config, definitions: Mapping[str, Any], place:
             raise ConfigError(f"{where}.reference = {reference}, expected one of the references.{hint}")
         found[name] = reference
     return found
+
+
+def _check_shares(config: Config, types: Mapping[str, str], place: str) -> None:
+    """None. Raises ConfigError for a column of `shares` that is not there, or not of a type of few values."""
+    for index, column in enumerate(config.shares):
+        if column not in types:
+            raise ConfigError(f"{place}: shares.{index} = {column}, expected a column.{suggestion(column, types)}")
+        if types[column] not in shares.TYPES:
+            expected = " or ".join(shares.TYPES)
+            raise ConfigError(f"{place}: shares.{index} = {column} of type {types[column]}, expected {expected}")
+    if len(set(config.shares)) < len(config.shares):
+        raise ConfigError(f"{place}: shares = {', '.join(config.shares)}, expected each column once")
 
 
 def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[str, eval_tasks.TaskData | None]:

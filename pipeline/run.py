@@ -86,8 +86,7 @@ def run(options: argparse.Namespace) -> int:
         from pipeline.runs import newest_run
 
         run_path = newest_run(loaded.root)
-        print(report.terminal_table(report.build_report(run_path), log.screen_width()))
-        print(f"\nleaderboard: {storage.join(run_path, 'leaderboard.html')}")
+        print(report.write_report(run_path, log.screen_width()))
         return 0
     if options.clean:
         from pipeline import runs

@@ -124,6 +124,11 @@ def check_funnel(facts, pool_rows):
     assert facts["funnel"][-1]["rows_kept"] == facts["kept_rows"]
     removed = sum(step["rows_in"] - step["rows_kept"] for step in facts["funnel"])
     assert removed + facts["kept_rows"] == pool_rows
+    for step in facts["funnel"]:
+        if "alone_kept" in step:
+            assert step["rows_kept"] <= step["alone_kept"] <= facts["ok_rows"]
+            assert step["only_removed"] <= facts["ok_rows"] - step["alone_kept"]
+            assert step["only_removed"] <= step["rows_in"] - step["rows_kept"]
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +250,40 @@ def test_the_funnel_shows_each_comparison_of_all_parts(world):
     assert [step["rule"] for step in facts["funnel"]] == ["ok", "words > 2", "language == en", "top 0.4 of score"]
     assert facts["ok_rows"] == len(world.ok()) == facts["funnel"][0]["rows_kept"]
     assert facts["funnel"][1]["rows_kept"] == sum(row["words"] > 2 for row in world.ok())
+
+
+def test_the_funnel_counts_what_each_rule_does_alone(world):
+    """Against the rules written out row by row; a repeat counts as the last rule."""
+    taken = world.select({"it": {"repeat": {"column": "weight", "cap": 2}}}, "it")[1]
+    english = {row["uid"] for row in world.ok() if row["language"] == "en"}
+    excluded = sorted(row["uid"] for row in world.ok())[::7]
+    path = f"{world.root}/taken_down.txt"
+    with open(path, "w") as file:
+        file.write("\n".join(excluded))
+    rules = {
+        "words > 2": lambda row: row["words"] > 2,
+        "score < 0.5": lambda row: row["score"] is not None and row["score"] < 0.5,
+        "any_of english, flagged": lambda row: row["uid"] in english or row["flag"] is True,
+        "repeat weight": lambda row: row["uid"] in taken,
+    }
+    mapping = {
+        "english": {"where": ["language == en"]},
+        "flagged": {"where": ["flag == true"]},
+        "basic": {"where": ["words > 2", "score < 0.5"]},
+        "it": {"all_of": ["basic"], "any_of": ["english", "flagged"], "repeat": {"column": "weight", "cap": 2}},
+    }
+    facts, _ = world.select(mapping, "it", exclude=Exclusion((path,)))
+    base = [row for row in world.ok() if row["uid"] not in excluded]
+    assert [step["rule"] for step in facts["funnel"]] == ["ok", "exclude", *rules]
+    assert [set(step) for step in facts["funnel"][:2]] == [{"rule", "rows_in", "rows_kept"}] * 2
+    left = base
+    for step, (name, keeps) in zip(facts["funnel"][2:], rules.items(), strict=True):
+        others = [other for rule, other in rules.items() if rule != name]
+        assert step["alone_kept"] == sum(map(keeps, base))
+        assert step["only_removed"] == sum(not keeps(row) and all(other(row) for other in others) for row in base) > 0
+        assert step["rows_in"] == len(left)
+        left = [row for row in left if keeps(row)]
+        assert step["rows_kept"] == len(left)
 
 
 def test_random_subsets_nest_and_differ_by_seed(world):

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core import storage
+from pipeline.core import pool, storage
 from pipeline.core.errors import ConfigError, WinnowError
-from stages.ingest import sources, url_table
+from stages.ingest import pool_shards, sources, url_table
 
 NUM_ROWS = 23
 HASH = "AB" * 32
@@ -448,3 +448,129 @@ def test_real_metadata(real_data_path, name, num_rows, blank):
     assert [one.uid for one in found] == table["uid"].to_pylist()
     assert sum(one.error is not None for one in found) == blank
     assert [one.caption for one in found] == table["text"].to_pylist()
+
+
+def odd_table(**columns):
+    """A table of six usable rows as DataComp has them, with values that need care; `columns` replace some."""
+    table = {
+        "uid": pa.array([f"{number:031X}A" for number in range(6)]),
+        "url": pa.array(["http://x.org/ä", " u", "\x1cu", "u\tv", "u", "u"]),
+        "text": pa.array(["a", "\xa0b\xa0", "é", "\u200b", "\x00", "猫"]),
+        "original_width": pa.array([1, 0, -5, 1 << 31, (1 << 31) - 1, None], pa.int64()),
+        "original_height": pa.array([7, 7, 7, 7, 7, 7], pa.int64()),
+        "similarity": pa.array([0.1, float("nan"), None, float("-inf"), 1e300, -0.0], pa.float64()),
+        "score": pa.array([0.1, float("nan"), None, 3.0, 2.0, 1.0], pa.float32()),
+        "rank": pa.array([1, 2, None, 4, 5, 6], pa.int16()),
+        "note": pa.array(["x", None, "", "ä", "y", "z"], pa.large_string()),
+        "flag": pa.array([True, None, False, True, True, True]),
+        "sha256": pa.array(["AB" * 32, "ab" * 32, None, "", "g" * 64, "a" * 63]),
+        "face_bboxes": pa.array(
+            [[], None, [[0.1, 0.2, 0.3, 1.0]], [[1e-7, 2, 3, 4], [0.0, -0.0, 1 / 3, 1e22]], [], []],
+            pa.list_(pa.list_(pa.float64())),
+        ),
+    }
+    return pa.table(table | columns)
+
+
+ODD_CARRY = {
+    "similarity": "float32", "score": "float64", "rank": "int64", "note": "string", "flag": "bool", "l14_img": "float16[]"
+}  # fmt: skip
+
+
+def odd_pieces(folder, table, **options):
+    """The pieces of the table, read as one unit, and the samples that they stand for."""
+    pq.write_table(table, folder / "a.parquet")
+    np.savez(folder / "a.npz", l14_img=np.random.default_rng(1).normal(size=(len(table), 4)))
+    value = {"path": str(folder / "a.parquet"), "carry": ODD_CARRY, "layout": "urls", **options}
+    (unit,) = sources.plan_units(parsed(value), 1000)
+    pieces = list(url_table.read_pieces(unit))
+    found = [sample for piece in pieces for sample in piece.samples()]
+    assert [repr(one) for one in found] == [repr(one) for one in url_table.read(unit)]
+    return unit, pieces, found
+
+
+def test_columns_of_a_batch_say_what_its_samples_say(tmp_path):
+    unit, (piece,), found = odd_pieces(tmp_path, odd_table())
+    columns = piece.columns
+    assert len(columns) == 6 and all(sample.error is None for sample in found)
+    for row, sample in zip(columns.to_pylist(), found, strict=True):
+        expected = {
+            "url": sample.url, "caption": sample.caption, **sample.carried,
+            "original_width_px": sample.original_width_px, "original_height_px": sample.original_height_px,
+        }  # fmt: skip
+        assert set(row) == set(expected)
+        for name, value in expected.items():
+            if name == "l14_img":
+                np.testing.assert_array_equal(np.array(row[name], np.float16), value)
+            else:
+                assert repr(row[name]) == repr(value), name
+    ids = url_table.given_uids(unit)
+    assert [one.ljust(16, b"\0").hex() for one in ids.tolist()] == [sample.uid for sample in found]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"url": pa.array(["u", None, "u", "u", "u", "u"])},
+        {"url": pa.array(["u", " \t\r", "u", "u", "u", "u"])},
+        {"url": pa.array(["u"] * 6).dictionary_encode()},
+        {"text": pa.array(["t", None, "t", "t", "t", "t"])},
+        {"text": pa.array(["t", "\xa0\u3000", "t", "t", "t", "t"])},
+        {"text": pa.array(["t", "\x1c", "t", "t", "t", "t"])},
+        {"text": pa.array(["t", "t" * (1 << 20) + "t", "t", "t", "t", "t"])},
+        {"text": pa.array([["t", "u"]] * 6)},
+        {"text": pa.array([b"t", b"\xff"] * 3).cast(pa.binary())},
+        {"original_width": pa.array([1.5] * 6)},
+        {"rank": pa.array([1 << 63] * 6, pa.uint64())},
+        {"rank": pa.array(["7"] * 6)},
+        {"score": pa.array([7] * 6)},
+        {"flag": pa.array(["true"] * 6)},
+        {"note": pa.array([7] * 6)},
+        {"face_bboxes": pa.array([[[0.0, 1.0, 2.0]]] * 6, pa.list_(pa.list_(pa.float64())))},
+        {"face_bboxes": pa.array([[[0.0, 1.0, 2.0, float("inf")]]] * 6, pa.list_(pa.list_(pa.float64())))},
+        {"face_bboxes": pa.array([[None]] * 6, pa.list_(pa.list_(pa.float64())))},
+        {"face_bboxes": pa.array(["[]"] * 6)},
+    ],
+)
+def test_a_batch_with_an_unusual_row_is_read_row_by_row(tmp_path, columns):
+    _, pieces, found = odd_pieces(tmp_path, odd_table(**columns))
+    assert [piece.columns for piece in pieces] == [None]
+    assert len(found) == (12 if pa.types.is_list(columns.get("text", pa.array([""])).type) else 6)
+
+
+def test_uids_that_are_none_are_derived_or_fail(tmp_path):
+    table = odd_table(uid=pa.array(["0" * 32, "7", None, "g" * 32, "0" * 33, "0" * 32]))
+    unit, (piece,), found = odd_pieces(tmp_path, table)
+    assert piece.columns is not None and url_table.given_uids(unit) is None
+    assert [sample.uid is None for sample in found] == [False, True, True, True, True, False]
+    _, (piece,), found = odd_pieces(tmp_path, table, uid_column="uid")
+    assert piece.columns is None
+    assert [sample.error for sample in found] == [None, *["bad_uid"] * 4, None]
+
+
+@pytest.mark.parametrize("sample", [1.0, 0.6])
+def test_a_pool_is_the_same_from_columns_and_from_rows(tmp_path, sample):
+    """jsonl is read row by row; a failed row and a repeated uid in the parquet's last batch are as well."""
+    rows = [{**row, "sha256": HASH, "text": "a\nb"} for row in table_rows() * 100]
+    rows = [{**row, "uid": f"{number:032x}"} for number, row in enumerate(rows)]
+    rows[-2]["url"] = " "
+    rows[-1]["uid"] = rows[0]["uid"]
+    made = {}
+    for kind in ("parquet", "jsonl"):
+        path = written(tmp_path / kind, kind, rows)
+        value = {"path": str(path), "carry": {"score": "float32"}}
+        units = sources.plan_units(parsed(value), 1500)
+        out_path = str(tmp_path / f"{kind}_pool")
+        for number, unit in enumerate(units):
+            pool_shards.read_ids(unit, number, out_path)
+        plan = pool_shards.plan_shards(units, 1200, sample, sources.carried_columns(parsed(value)), out_path)
+        done = [pool_shards.write_shard(shard, out_path) for shard in plan.shards]
+        tables = [pool.read_rows(out_path, shard.name) for shard in plan.shards]
+        whole = pa.concat_tables(tables)
+        # Where a failed row stands, its file says in its own words.
+        made[kind] = whole.drop_columns(["key", "error_detail"]), sum(facts["rows"] for facts in done)
+        if sample == 1:
+            assert whole["error"].to_pylist()[-2:] == ["missing_url", "repeated_uid"]
+            assert whole["ok"].to_pylist().count(False) == 2
+    assert made["parquet"][0].equals(made["jsonl"][0])
+    assert made["parquet"][1] == made["jsonl"][1] == (2300 if sample == 1 else len(made["jsonl"][0]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -49,13 +49,14 @@ class Resources(Model):
 class PoolConfig(Model):
     """Where pairs come from: one source, or several by name; and how they are cut into shards.
 
-    `download` and `only` are for sources that are tables of URLs; `only` names a strategy that needs no image.
+    `download` and `only` are for sources that are tables of URLs; `only` names a strategy that needs no image. With
+    `download: false` the pool is the rows of the tables, without images, and a run ends at the selections.
     """
 
     source: Any
     shard_size: int = Field(10_000, ge=1, le=1_000_000)
     sample: float = Field(1.0, gt=0, le=1)
-    download: dict[str, Any] | None = None
+    download: dict[str, Any] | Literal[False] | None = None
     only: str | None = None
 
 
@@ -105,6 +106,9 @@ class Config(Model):
     strategies: dict[str, dict[str, Any] | None] = Field(min_length=1)
     compare: list[str] = Field(min_length=1)
     baseline: str | None = None
+    shares: list[str] = []  # columns of few values: the report shows how each strategy's mix differs from the pool's
+    published: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}  # averages in percent, shown beside ours
+    published_note: str = ""  # what they are
     train: TrainConfig
     eval: EvalConfig
     cluster: dict[str, Resources] = {}
@@ -318,6 +322,13 @@ def _check_names(config: Config, path: str) -> None:
             f"{path}: baseline = {config.baseline}, expected a compared strategy."
             + suggestion(config.baseline, config.compare)
         )
+    for name in config.published:
+        if name not in config.compare:
+            raise ConfigError(
+                f"{path}: published.{name}: expected a compared strategy.{suggestion(name, config.compare)}"
+            )
+    if config.published_note and not config.published:
+        raise ConfigError(f"{path}: published_note has no effect without published, expected it to be left out")
     if len(set(config.train.seeds)) != len(config.train.seeds):
         raise ConfigError(f"{path}: train.seeds = {config.train.seeds}, expected different numbers")
     if config.pool.only is not None and config.pool.only not in config.strategies:

@@ -409,10 +409,33 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
+def plain(text: object) -> str:
+    """The text on one line without control, direction or other unprintable characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def number(value: int | float | None) -> str:
+    """A count with thousands separated, or a dash."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
 def points(fraction: float) -> str:
     """A difference in percentage points with its sign: `+3.1`."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def has_published(board: Leaderboard) -> bool:
+    """True when the config gives published values to show beside the averages."""
+    return any(strategy.published is not None for strategy in board.run.compared)
+
+
+def published_text(row: Row) -> str:
+    """The published average in percent with one decimal, more where the config gives more; a dash without one."""
+    if row.strategy.published is None:
+        return "-"
+    value = round(100 * row.strategy.published, 6)
+    return f"{value:.1f}" if value == round(value, 1) else f"{value:g}"
 
 
 def p_text(p: float | None) -> str:

@@ -37,6 +37,6 @@ def element(tag: str, *content, **attributes) -> Markup:
         for name, value in attributes.items()
         if value is not None
     )
-    if tag in ("meta", "br", "hr", "link"):
+    if tag in ("meta", "br", "hr", "link", "img"):
         return Markup(f"<{tag}{listed}>")
     return Markup(f"<{tag}{listed}>{join(content)}</{tag}>")

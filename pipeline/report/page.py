@@ -6,14 +6,27 @@ Everything is built of escaped elements, and a content security policy forbids s
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 
 from pipeline.report import plots
-from pipeline.report.leaderboard import Cleaned, Estimate, Leaderboard, Row, p_text, percent, points
+from pipeline.report.choices import FUNNEL, MIX, funnel_cells, funnel_steps, mix_tables, overlap_about, overlap_cells
+from pipeline.report.leaderboard import (
+    Cleaned,
+    Estimate,
+    Leaderboard,
+    Row,
+    has_published,
+    number,
+    p_text,
+    percent,
+    plain,
+    points,
+    published_text,
+)
 from pipeline.report.markup import Markup, element, raw
 from pipeline.report.records import Strategy
+from pipeline.report.samples import gallery
 from pipeline.report.tables import (
     CLEANED,
     SCOPE,
@@ -22,13 +35,11 @@ from pipeline.report.tables import (
     found_text,
     header_lines,
     hours,
-    number,
-    plain,
     remarks,
     seeds_text,
 )
 
-CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def html_page(board: Leaderboard) -> str:
@@ -52,6 +63,8 @@ def html_page(board: Leaderboard) -> str:
         *(_cleaned(board, cleaned) for cleaned in board.cleaned),
         _funnels(board),
         element("div", _overlap(board), _tasks(board), class_="pair"),
+        *_mixes(board),
+        *_gallery(board),
         _cost(board),
         _provenance(board),
         element("footer", "Made by winnow from the records of this run; the same records give the same page."),
@@ -119,6 +132,7 @@ def _table(board: Leaderboard) -> Markup:
         element("th", "#"),
         element("th", "strategy", class_="text"),
         element("th", "average", element("small", f"of {len(tasks)}")),
+        element("th", "published") if has_published(board) else None,
         element("th", f"vs {plain(board.run.baseline)}"),
         element("th", "standing", class_="text"),
         *columns,
@@ -170,6 +184,7 @@ def _table_row(board: Leaderboard, row: Row) -> Markup:
         element("td", "-" if row.rank is None else str(row.rank)),
         element("td", _name(strategy.name), label, class_="strategy"),
         _score(row.average, "average"),
+        element("td", published_text(row)) if has_published(board) else None,
         element("td", "baseline" if is_baseline else _difference(row)),
         element("td", _standing(row.standing), class_="text"),
         *(_score(row.scores[column.name]) for column in board.columns),
@@ -238,23 +253,7 @@ def _cleaned(board: Leaderboard, cleaned: Cleaned) -> Markup:
     found = plain(found_text(cleaned))
     if cleaned.found.error is not None:
         return _section("Contamination", CLEANED, _nothing(found))
-    tables = []
-    for names, body in cleaned_tables(board, cleaned):
-        head = element(
-            "tr", *(element("th", _name(name), class_=None if at else "text") for at, name in enumerate(names))
-        )
-        rows = [
-            element(
-                "tr",
-                *(
-                    element("td", _name(text) if not at else plain(text), class_=None if at else "strategy")
-                    for at, text in enumerate(line)
-                ),
-            )
-            for line in body
-        ]
-        table = element("table", element("thead", head), element("tbody", *rows))
-        tables.append(element("div", table, class_="scroll"))
+    tables = [_text_table(names, body) for names, body in cleaned_tables(board, cleaned)]
     reasons = [element("li", plain(reason)) for reason in cleaned.reasons]
     return _section(
         "Contamination",
@@ -265,52 +264,80 @@ def _cleaned(board: Leaderboard, cleaned: Cleaned) -> Markup:
     )
 
 
+def _text_table(names: list[str], body: list[list[str]]) -> Markup:
+    """A table of texts whose first column names the lines."""
+    head = element("tr", *(element("th", _name(name), class_=None if at else "text") for at, name in enumerate(names)))
+    rows = [
+        element(
+            "tr",
+            *(
+                element("td", plain(text) if at else _name(text), class_=None if at else "strategy")
+                for at, text in enumerate(line)
+            ),
+        )
+        for line in body
+    ]
+    table = element("table", element("thead", head), element("tbody", *rows))
+    return element("div", table, class_="scroll")
+
+
 def _funnels(board: Leaderboard) -> Markup:
     classes = plots.colour_classes(board)
     pool = board.run.header["pool"]
     parts = [_funnel(strategy, pool, classes[strategy.name]) for strategy in board.run.compared]
-    about = "What each rule left, of all rows of the pool."
-    return _section("Funnel", about, element("div", *parts, class_="funnels"))
+    return _section("Funnel", f"{FUNNEL} Bars: of all rows of the pool.", element("div", *parts, class_="funnels"))
 
 
 def _funnel(strategy: Strategy, pool: dict, class_: str) -> Markup:
+    name = element("h3", plain(strategy.name))
     if strategy.kept_rows is None:
-        body = [_nothing(plain(strategy.error or "no selection yet"))]
-    else:
-        steps = strategy.funnel or (("ok", pool["rows"], pool["ok"]),)
-        body = [_step(rule, rows_in, kept, steps[0][1], class_) for rule, rows_in, kept in steps]
-    return element("div", element("h3", plain(strategy.name)), *body)
-
-
-def _step(rule: str, rows_in: int, kept: int, pool_rows: int, class_: str) -> Markup:
-    share = kept / pool_rows if pool_rows else 0.0
-    bar = element("div", element("i", "", style=f"width:{100 * share:.2f}%"), class_=f"track {class_}")
-    removed = f" (\N{MINUS SIGN}{number(rows_in - kept)})" if rows_in != kept else ""
-    line = element("div", element("code", plain(rule)), element("span", number(kept) + removed))
-    return element("div", line, bar, class_="step")
+        return element("div", name, _nothing(plain(strategy.error or "no selection yet")))
+    steps = funnel_steps(strategy, pool)
+    names, body = funnel_cells(strategy, pool)
+    head = element("tr", *(element("th", text, class_=None if at else "text") for at, text in enumerate(names)))
+    rows = []
+    for step, (rule, *texts) in zip(steps, body, strict=True):
+        share = step.rows_kept / steps[0].rows_in if steps[0].rows_in else 0.0
+        bar = element("div", element("i", "", style=f"width:{100 * share:.2f}%"), class_=f"track {class_}")
+        cell = element("td", element("code", plain(rule)), bar, class_="text wrap")
+        rows.append(element("tr", cell, *(element("td", text) for text in texts)))
+    table = element("table", element("thead", head), element("tbody", *rows))
+    return element("div", name, element("div", table, class_="scroll"))
 
 
 def _overlap(board: Leaderboard) -> Markup:
-    matrix, strategies = board.run.overlap, board.run.compared
-    about = "Jaccard index of the kept rows: shared by both, of those in either."
-    if board.run.overlap_one_in > 1:
-        about += f" Measured on every {board.run.overlap_one_in:,}th uid by hash."
-    if matrix is None:
+    about = overlap_about(board.run)
+    if board.run.overlap is None:
         return _section("Overlap", about, _nothing("One strategy only."))
-    head = element("tr", element("th", ""), *(element("th", str(i + 1)) for i in range(len(strategies))))
+    names, body = overlap_cells(board.run)
+    head = element("tr", *(element("th", name if at else "") for at, name in enumerate(names)))
     rows = []
-    for i, strategy in enumerate(strategies):
-        line = [element("td", f"{i + 1} ", _name(strategy.name), class_="text")]
-        for value in matrix[i].tolist():
-            if math.isnan(value):
-                line.append(element("td", "-"))
-                continue
+    for (name, *texts), values in zip(body, board.run.overlap.jaccard.tolist(), strict=True):
+        line = [element("td", _name(name), class_="text")]
+        for text, value in zip(texts, values, strict=True):
+            jaccard, _, shared = text.partition(" ")
             # the tint stays pale enough for the text's colour in light and dark
-            mix = f"background:color-mix(in srgb, var(--accent) {round(8 + 42 * value)}%, var(--card))"
-            line.append(element("td", f"{value:.2f}", style=mix))
+            mix = (
+                f"background:color-mix(in srgb, var(--accent) {round(8 + 42 * value)}%, var(--card))"
+                if shared
+                else None
+            )
+            line.append(element("td", jaccard, element("small", shared.strip("()")) if shared else None, style=mix))
         rows.append(element("tr", *line))
     table = element("table", element("thead", head), element("tbody", *rows), class_="overlap")
     return _section("Overlap", about, element("div", table, class_="scroll"))
+
+
+def _mixes(board: Leaderboard) -> list[Markup]:
+    """The section on `shares`; none without."""
+    tables = mix_tables(board.run)
+    return [_section("Mix", MIX, *(_text_table(names, body) for names, body in tables))] if tables else []
+
+
+def _gallery(board: Leaderboard) -> list[Markup]:
+    """The section with samples; none where no strategy has a gallery."""
+    about, content = gallery(board)
+    return [_section("Gallery", about, content)] if content is not None else []
 
 
 def _cost(board: Leaderboard) -> Markup:

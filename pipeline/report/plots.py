@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.report.leaderboard import Difference, Leaderboard, Row, percent, points
+from pipeline.report.leaderboard import Difference, Leaderboard, Row, percent, plain, points
 from pipeline.report.markup import Markup, element
-from pipeline.report.tables import plain, strategy_text
+from pipeline.report.tables import strategy_text
 
 WIDTH = 440
 NUM_COLOURS = 8

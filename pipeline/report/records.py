@@ -9,10 +9,12 @@
      "trainings": [{"strategy": "no_filter", "seed": 0, "checkpoint": "checkpoint-0f..", "error": null}],
      "results": [{"strategy": "no_filter", "seed": 0, "task": "objects", "path": "results-cd..", "error": null}],
      "contamination": [{"stage": "contamination", "path": "contamination-9b..", "error": null}],
+     "shares": ["topic"], "published": {"no_filter": 13.2}, "published_note": "an older metric",
      "baseline": "no_filter"}
 
-Artifact paths are relative to the root. What can't be read becomes a reason in place of a value: a report never fails
-because one training did.
+A strategy's `gallery` and `shares` are artifacts too: samples around its cuts, and of what its choice is made. Artifact
+paths are relative to the root. What can't be read becomes a reason in place of a value: a report never fails because
+one training did.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from pipeline.report.uncertainty import influence_of_items
 # Labels of strategies that are shown and compete with nobody: one reads planted truth, the other is no choice from the
 # pool but a whole reference.
 OUTSIDE_LABELS = ("oracle", "reference")
+MAX_CAPTION_CHARS = 300  # of a sample in a gallery
+JPEG_START = b"\xff\xd8\xff"
 MAX_OVERLAP_UIDS = 1_000_000  # per strategy; larger selections are compared on a sample by hash of the uid
 
 
@@ -54,6 +58,58 @@ class Task:
 
 
 @dataclass(frozen=True)
+class FunnelStep:
+    """What one rule left of the rows that the rule before left.
+
+    `alone_kept` is how many of the rows that can be chosen at all pass the rule by itself, `only_removed` how many of
+    them every other rule keeps and this one removes; both None for steps that say what can be chosen at all.
+    """
+
+    rule: str
+    rows_in: int
+    rows_kept: int
+    alone_kept: int | None = None
+    only_removed: int | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row that a gallery shows. `removed_by` is the first rule that removes it, empty where it is kept."""
+
+    uid: str
+    caption: str
+    value: str | None  # of the rule's column
+    removed_by: str
+    jpeg: bytes | None
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """Samples on one side, `kept` or `removed`: of a rule's cut, nearest first; at random where `rule` is empty."""
+
+    rule: str
+    side: str
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The pool's ok rows, and the samples of a strategy, that have one value of a column."""
+
+    pool_rows: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of one column in what one strategy chose, most frequent in the pool first; None is a null's."""
+
+    values: dict[str | None, Share]
+    other: Share
+    num_other: int  # how many values `other` stands for
+
+
+@dataclass(frozen=True)
 class Strategy:
     """A strategy and what it kept. Counts are None where its selection is missing."""
 
@@ -67,7 +123,11 @@ class Strategy:
     kept_rows: int | None = None
     kept_fraction: float | None = None  # of the pool; None where the rows are not the pool's
     kept_samples: int | None = None
-    funnel: tuple[tuple[str, int, int], ...] = ()  # (rule, rows in, rows kept)
+    funnel: tuple[FunnelStep, ...] = ()
+    gallery: str | None = None
+    samples: tuple[SampleGroup, ...] = ()
+    mixes: dict[str, Mix] = field(default_factory=dict)  # by column
+    published: float | None = None  # an average from elsewhere, 0..1
 
 
 @dataclass(frozen=True)
@@ -127,6 +187,21 @@ class Contamination:
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """How much the compared strategies' kept rows have in common, in the order of the config; NaN where unknown.
+
+    Attributes:
+        jaccard: [S, S] rows in both, of rows in either.
+        shared_rows: [S, S] rows in both; what each keeps on the diagonal.
+        one_in: 1: exact; n: measured on every n-th uid by hash, and shared_rows multiplied by n.
+    """
+
+    jaccard: np.ndarray
+    shared_rows: np.ndarray
+    one_in: int
+
+
+@dataclass(frozen=True)
 class Run:
     """All records of one run."""
 
@@ -138,10 +213,11 @@ class Run:
     strategies: tuple[Strategy, ...]
     trainings: tuple[Training, ...]
     results: tuple[Result, ...]
-    overlap: np.ndarray | None  # [S, S] Jaccard index of the compared strategies; NaN where unknown
-    overlap_one_in: int  # 1: exact; n: measured on every n-th uid by hash
+    overlap: Overlap | None  # None with one strategy
     notes: tuple[str, ...]
     contamination: tuple[Contamination, ...] = ()
+    shares: tuple[str, ...] = ()  # columns of `mixes`
+    published_note: str = ""
 
     @property
     def compared(self) -> list[Strategy]:
@@ -160,7 +236,8 @@ def read_run(run_path: str) -> Run:
     root = run_path.rsplit("/", 2)[0]
     notes: list[str] = []
     try:
-        strategies = tuple(_strategy(root, entry, data["pool"], notes) for entry in data["strategies"])
+        published = data.get("published") or {}
+        strategies = tuple(_strategy(root, entry, data["pool"], published, notes) for entry in data["strategies"])
         tasks = tuple(_task(entry) for entry in data["tasks"] if entry["metric"] is not None)
         notes += [
             f"{e['name']}: no metric that counts, so it is left out" for e in data["tasks"] if e["metric"] is None
@@ -182,7 +259,7 @@ def read_run(run_path: str) -> Run:
         baseline = data.get("baseline") or "no_filter"
     except KeyError as error:
         raise WinnowError(f"{place}: {error} is missing, expected what execute.py writes") from error
-    overlap, one_in = _overlap(root, [s for s in strategies if s.compared], data["pool"], notes)
+    overlap = _overlap(root, [s for s in strategies if s.compared], data["pool"], notes)
     return Run(
         name=storage.name_of(run_path),
         header=header,
@@ -193,9 +270,10 @@ def read_run(run_path: str) -> Run:
         trainings=trainings,
         results=results,
         overlap=overlap,
-        overlap_one_in=one_in,
         notes=tuple(notes),
         contamination=contamination,
+        shares=tuple(data.get("shares") or ()),
+        published_note=data.get("published_note") or "",
     )
 
 
@@ -231,7 +309,9 @@ def _kept_fraction(entry: Mapping[str, Any], facts: Mapping[str, Any], pool: Map
     return facts["kept_rows"] / pool["rows"]
 
 
-def _strategy(root: str, entry: Mapping[str, Any], pool: Mapping[str, Any], notes: list[str]) -> Strategy:
+def _strategy(
+    root: str, entry: Mapping[str, Any], pool: Mapping[str, Any], published: Mapping[str, float], notes: list[str]
+) -> Strategy:
     facts: dict[str, Any] = {}
     error = entry.get("error")
     if entry.get("selection"):
@@ -241,6 +321,13 @@ def _strategy(root: str, entry: Mapping[str, Any], pool: Mapping[str, Any], note
             notes.append(f"{entry['name']}: {one_line(reason)}")
     elif not error:  # without a selection a strategy is the whole pool
         facts = {"kept_rows": pool["ok"], "kept_samples": pool["ok"]}
+    gallery, mixes = entry.get("gallery"), {}
+    samples: tuple[SampleGroup, ...] = ()
+    try:
+        samples = _samples(storage.join(root, gallery)) if gallery else ()
+        mixes = _mixes(storage.join(root, entry["shares"])) if entry.get("shares") else {}
+    except (OSError, WinnowError, pa.ArrowException, KeyError, IndexError, TypeError, ValueError) as reason:
+        notes.append(f"{entry['name']}: {one_line(reason)}")
     return Strategy(
         name=entry["name"],
         compared=bool(entry.get("compared", True)),
@@ -252,8 +339,51 @@ def _strategy(root: str, entry: Mapping[str, Any], pool: Mapping[str, Any], note
         kept_rows=facts.get("kept_rows"),
         kept_fraction=_kept_fraction(entry, facts, pool),
         kept_samples=facts.get("kept_samples"),
-        funnel=tuple((step["rule"], step["rows_in"], step["rows_kept"]) for step in facts.get("funnel", ())),
+        funnel=tuple(_step(step) for step in facts.get("funnel", ())),
+        gallery=gallery,
+        samples=samples,
+        mixes=mixes,
+        published=published[entry["name"]] / 100 if entry["name"] in published else None,
     )
+
+
+def _step(step: Mapping[str, Any]) -> FunnelStep:
+    """Older records know only the counts in order."""
+    return FunnelStep(
+        step["rule"], step["rows_in"], step["rows_kept"], step.get("alone_kept"), step.get("only_removed")
+    )
+
+
+def _samples(path: str) -> tuple[SampleGroup, ...]:
+    """The groups of a gallery, in its order. See stages/selection/gallery.py for its file."""
+    rules = _facts(path)["rules"]
+    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(path, "gallery.parquet"))))
+    groups: dict[tuple[int | None, str], list[Sample]] = {}
+    for row in table.to_pylist():
+        jpeg = row["thumbnail"]
+        if jpeg is not None and not jpeg.startswith(JPEG_START):
+            raise WinnowError(f"{storage.name_of(path)}: uid {row['uid']}: a thumbnail is no JPEG")
+        removed_by = "" if row["removed_by"] is None else rules[row["removed_by"]]
+        caption = row["caption"][: MAX_CAPTION_CHARS + 1]
+        sample = Sample(row["uid"], caption, row["value"], removed_by, jpeg)
+        groups.setdefault((row["rule"], row["side"]), []).append(sample)
+    return tuple(
+        SampleGroup("" if number is None else rules[number], side, tuple(samples))
+        for (number, side), samples in groups.items()
+    )
+
+
+def _mixes(path: str) -> dict[str, Mix]:
+    """The mix of each column. See stages/selection/shares.py for its file."""
+    _facts(path)  # a finished one
+    return {
+        column: Mix(
+            {value: Share(pool_rows, samples) for value, pool_rows, samples in found["values"]},
+            Share(*found["other"][1:]),
+            found["other"][0],
+        )
+        for column, found in storage.read_json(storage.join(path, "shares.json")).items()
+    }
 
 
 def _training(root: str, entry: Mapping[str, Any]) -> Training:
@@ -389,34 +519,41 @@ def _mean_of_means(values: np.ndarray, stratum: np.ndarray) -> float:
     return float(np.mean([values[stratum == one].mean() for one in np.unique(stratum)]))
 
 
-def _overlap(
-    root: str, strategies: list[Strategy], pool: Mapping[str, Any], notes: list[str]
-) -> tuple[np.ndarray | None, int]:
-    """[S, S] Jaccard index of the kept rows. The whole pool needs no list: its overlap is the kept fraction."""
+def _overlap(root: str, strategies: list[Strategy], pool: Mapping[str, Any], notes: list[str]) -> Overlap | None:
+    """What the kept rows have in common. The whole pool needs no list: every strategy's rows lie in it."""
+    if len(strategies) < 2:
+        return None
     largest = max((s.kept_rows or 0 for s in strategies if s.selection), default=0)
     one_in = max(1, -(-largest // MAX_OVERLAP_UIDS))
-    keys: dict[str, np.ndarray | None] = {}
+    keys: list[np.ndarray | None] = []
     for strategy in strategies:
-        keys[strategy.name] = None
+        keys.append(None)
         if strategy.selection and strategy.kept_rows is not None:
             try:
-                keys[strategy.name] = _uid_keys(storage.join(root, strategy.selection, "uids.npy"), one_in)
+                keys[-1] = _uid_keys(storage.join(root, strategy.selection, "uids.npy"), one_in)
             except (OSError, WinnowError, ValueError) as reason:
                 notes.append(f"{strategy.name}: no overlap: {one_line(reason)}")
-    matrix = np.full((len(strategies), len(strategies)), np.nan)
-    for i, first in enumerate(strategies):
-        for j, second in enumerate(strategies[:i]):
-            a, b = keys[first.name], keys[second.name]
-            wholes = [s for s in (first, second) if s.selection is None and s.kept_rows is not None]
-            if a is not None and b is not None:
-                both = len(np.intersect1d(a, b, assume_unique=True))
-                either = len(a) + len(b) - both
-                matrix[i, j] = both / either if either else np.nan
-            elif wholes and first.kept_rows is not None and second.kept_rows is not None:
-                matrix[i, j] = min(first.kept_rows, second.kept_rows) / max(pool["ok"], 1)
-            matrix[j, i] = matrix[i, j]
-        matrix[i, i] = 1.0 if first.kept_rows else np.nan
-    return (matrix if len(strategies) > 1 else None), one_in
+    shared = _shared(keys) * one_in
+    known = np.array([np.nan if s.kept_rows is None else s.kept_rows for s in strategies])
+    sizes = np.where(np.isnan(np.diag(shared)), known, np.diag(shared))
+    for i, strategy in enumerate(strategies):
+        if strategy.selection is None and strategy.kept_rows is not None:
+            shared[i], shared[:, i] = sizes, sizes
+    either = sizes[:, None] + sizes[None, :] - shared
+    with np.errstate(divide="ignore", invalid="ignore"):
+        jaccard = np.where(either > 0, shared / either, np.nan)
+    return Overlap(jaccard, shared, one_in)
+
+
+def _shared(keys: Sequence[np.ndarray | None]) -> np.ndarray:
+    """[S, S] float64: how many keys each two have in common; NaN where a list is missing."""
+    shared = np.full((len(keys), len(keys)), np.nan)
+    for i, first in enumerate(keys):
+        for j, second in enumerate(keys[: i + 1]):
+            if first is not None and second is not None:
+                both = len(first) if i == j else len(np.intersect1d(first, second, assume_unique=True))
+                shared[i, j] = shared[j, i] = both
+    return shared
 
 
 def _uid_keys(path: str, one_in: int) -> np.ndarray:

@@ -13,22 +13,36 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.report.leaderboard import MANY_TASKS, Cleaned, Estimate, Leaderboard, Row, percent, points
+import numpy as np
+
+from pipeline.report.choices import (
+    FUNNEL,
+    MIX,
+    choices_record,
+    funnel_cells,
+    mix_tables,
+    overlap_about,
+    overlap_cells,
+    samples_line,
+)
+from pipeline.report.leaderboard import (
+    MANY_TASKS,
+    Cleaned,
+    Estimate,
+    Leaderboard,
+    Row,
+    has_published,
+    number,
+    percent,
+    plain,
+    points,
+    published_text,
+)
 from pipeline.report.records import Task
 
 # the first to go where a terminal is too narrow
 EXPENDABLE = ("checkpoint", "samples seen", "cost", "of pool", "repeats", "seeds")
 SCOPE = "Claims are about this pool, recipe and task list only: the best filter changes with scale."
-
-
-def plain(text: object) -> str:
-    """The text on one line without control, direction or other unprintable characters."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-
-
-def number(value: int | float | None) -> str:
-    """A count with thousands separated, or a dash."""
-    return "-" if value is None else f"{value:,.0f}"
 
 
 def hours(row: Row) -> str:
@@ -69,7 +83,16 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     tasks = {task.name: task for task in board.run.tasks}
     names = ["#", "strategy", "kept", "of pool"]
     names += [c.name + ("" if not c.is_group else f" ({len(c.tasks)})") + _mark(c.tasks, tasks) for c in board.columns]
-    names += [f"average ({len(tasks)})", "±", f"vs {board.run.baseline}", "standing", "seeds", "samples seen"]
+    has_column = has_published(board)
+    names += [
+        f"average ({len(tasks)})",
+        "±",
+        *(["published"] if has_column else []),
+        f"vs {board.run.baseline}",
+        "standing",
+        "seeds",
+        "samples seen",
+    ]
     names += ["repeats", "cost", "checkpoint"]
     body = []
     for row in board.rows:
@@ -85,6 +108,7 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
                 *("N/A" if score is None else percent(score) for score in scores),
                 estimate_text(row.average),
                 "-" if row.average.half_width is None else percent(row.average.half_width),
+                *([published_text(row)] if has_column else []),
                 "baseline" if row.strategy.name == board.run.baseline else difference_text(row),
                 row.standing or "-",
                 seeds_text(row),
@@ -143,6 +167,9 @@ def remarks(board: Leaderboard) -> list[str]:
         )
     if any(task.in_domain for task in board.run.tasks):
         lines.append("* in-domain: training images of the task are in the pool.")
+    if has_published(board):
+        note = f": {board.run.published_note}" if board.run.published_note else ""
+        lines.append(f"Published averages are as the config gives them, not measured here{note}.")
     labels = {row.strategy.label for row in board.rows}
     if "oracle" in labels:
         lines.append("An oracle reads the truth that no filter has: it shows what is possible, it does not compete.")
@@ -245,24 +272,36 @@ def _pad(text: str, width: int, left: bool) -> str:
 def markdown_text(board: Leaderboard) -> str:
     """The leaderboard as GitHub-flavoured Markdown."""
     names, body = cells(board)
+    pool = board.run.header["pool"]
     title = board.run.header["config_name"] or board.run.name
     lines = [f"# {_markdown(title)}", "", f"**{_markdown(board.headline)}**", ""]
     lines += [_markdown_row(names), "|" + "|".join("---" if i == 1 else "---:" for i in range(len(names))) + "|"]
     lines += [_markdown_row(line) for line in body]
     lines += ["", *(f"- {label}: {_markdown(text)}" for label, text in header_lines(board))]
     lines += ["", *(f"- {_markdown(line)}" for line in remarks(board))]
+    if line := samples_line(board):
+        lines.append(f"- {line}")
+    lines += ["", "## Funnel", "", FUNNEL]
+    for strategy in board.run.compared:
+        if strategy.kept_rows is not None:
+            lines += ["", f"### {_markdown(strategy.name)}", "", *_markdown_table(*funnel_cells(strategy, pool))]
+    if board.run.overlap is not None:
+        lines += ["", "## Overlap", "", overlap_about(board.run), "", *_markdown_table(*overlap_cells(board.run))]
+    mixes = mix_tables(board.run)
+    lines += ["", "## Mix", "", MIX] if mixes else []
+    for table in mixes:
+        lines += ["", *_markdown_table(*table)]
     for cleaned in board.cleaned:
         lines += ["", "## Contamination", "", _markdown(f"{found_text(cleaned)}. {CLEANED}")]
         if cleaned.found.error is None:
             for names, body in cleaned_tables(board, cleaned):
-                lines += [
-                    "",
-                    _markdown_row(names),
-                    "|---" + "|---:" * (len(names) - 1) + "|",
-                    *map(_markdown_row, body),
-                ]
+                lines += ["", *_markdown_table(names, body)]
             lines += ["", *(f"- {_markdown(reason)}" for reason in cleaned.reasons)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(names: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [_markdown_row(names), "|---" + "|---:" * (len(names) - 1) + "|", *map(_markdown_row, body)]
 
 
 def _markdown_row(texts: Sequence[str]) -> str:
@@ -280,14 +319,23 @@ def csv_text(board: Leaderboard) -> str:
     writer = csv.writer(out, lineterminator="\n")
     tasks = [task.name for task in board.run.tasks]
     names = ["rank", "strategy", "label", "kept_rows", "kept_fraction", *(_csv_text(task) for task in tasks)]
-    names += ["average", "average_half_width", "difference", "difference_half_width", "p", "p_holm", "verdict"]
+    names += [
+        "average",
+        "average_half_width",
+        "published",
+        "difference",
+        "difference_half_width",
+        "p",
+        "p_holm",
+        "verdict",
+    ]
     names += ["standing", "num_seeds", "samples_seen", "repeats", "cpu_hours", "gpu_hours", "checkpoints", "missing"]
     writer.writerow([*names, "reasons"])
     for record in (_row_record(board, row) for row in board.rows):
         difference = record["difference"] or {}
         values = [record["rank"], record["strategy"], record["label"], record["kept_rows"], record["kept_fraction"]]
         values += [record["tasks"][task]["value"] for task in tasks]
-        values += [record["average"]["value"], record["average"]["half_width"]]
+        values += [record["average"]["value"], record["average"]["half_width"], record["published"]]
         values += [difference.get(key) for key in ("value", "half_width", "p", "p_holm", "verdict")]
         values += [record["standing"], len(record["seeds"]), record["samples_seen"], record["repeats"]]
         values += [record["cpu_hours"], record["gpu_hours"], " ".join(record["checkpoints"])]
@@ -328,8 +376,11 @@ def json_text(board: Leaderboard) -> str:
             {"strategy": r.strategy, "seed": r.seed, "task": r.task, "value": r.value, "path": r.path, "error": r.error}
             for r in run.results
         ],
-        "overlap": None if run.overlap is None else [[_rounded(x) for x in line] for line in run.overlap.tolist()],
+        "overlap": None if run.overlap is None else _matrix(run.overlap.jaccard),
+        "overlap_rows": None if run.overlap is None else _matrix(run.overlap.shared_rows),
+        "overlap_one_in": None if run.overlap is None else run.overlap.one_in,
         "overlap_strategies": [strategy.name for strategy in run.compared],
+        "published_note": run.published_note,
         "notes": list(board.notes),
         "contamination": [_cleaned_record(cleaned) for cleaned in board.cleaned],
     }
@@ -351,6 +402,7 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "tasks": {name: _estimate_record(estimate) for name, estimate in row.task_scores.items()},
         "groups": {c.name: _estimate_record(row.scores[c.name]) for c in board.columns if c.is_group},
         "average": _estimate_record(row.average),
+        "published": _rounded(strategy.published),
         "standing": row.standing,
         "difference": _difference_record(row.difference),
         "task_differences": {name: _difference_record(found) for name, found in row.task_differences.items()},
@@ -362,6 +414,7 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "gpu_hours": _rounded(row.gpu_hours),
         "checkpoints": list(row.checkpoints),
         "reasons": list(row.reasons),
+        **choices_record(strategy),
     }
 
 
@@ -413,6 +466,10 @@ def _difference_record(difference) -> dict[str, Any] | None:
         "p_holm": _rounded(difference.p_holm),
         "verdict": difference.verdict,
     }
+
+
+def _matrix(values: np.ndarray) -> list[list[float | None]]:
+    return [[_rounded(value) for value in line] for line in values.tolist()]
 
 
 def _rounded(value: float | None) -> float | None:

@@ -28,6 +28,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.core import images, pool, storage
 from pipeline.core.errors import ImageError, WinnowError
@@ -36,7 +37,7 @@ from stages.ingest.samples import CARRIED_TYPES, ORIGINAL_FILE, Sample, Unit, nu
 from stages.ingest.shard_writer import ShardWriter
 from stages.ingest.sources import DEMO, URLS
 
-VERSION = 2  # bump when a pool's bytes change for the same source
+VERSION = 3  # bump when a pool's bytes change for the same source
 MAX_SHARDS = 100_000  # five digits
 MAX_DETAIL_CHARS = 300
 IDS_FOLDER = f"ids{storage.TEMPORARY_MARK}pool"  # by its mark no part of the finished artifact
@@ -102,7 +103,9 @@ def read_ids(unit: Unit, number: int, out_path: str) -> int:
     if storage.exists(path):
         return len(_load(path))
     ids = None
-    if unit.settings.layout in (DEMO, "parquet", URLS):
+    if unit.settings.layout == URLS:
+        ids = _given(url_table.given_uids(unit))
+    if ids is None and unit.settings.layout in (DEMO, "parquet", URLS):
         ids = _ids(read_samples(unit, with_images=False), derive=False)
     if ids is None:
         ids = _ids(read_samples(unit), derive=True)
@@ -162,11 +165,12 @@ def write_shard(shard: ShardPlan, out_path: str) -> dict[str, Any]:
     further = {column: CARRIED_TYPES[kind] for column, kind in shard.columns.items()}
     checker = _ImageCheck()
     with ShardWriter(out_path, shard.name, further, has_tar=not shard.is_table) as writer:
-        for number, (unit, sample, uid, repeated) in enumerate(_shard_samples(shard, out_path)):
-            if repeated:
-                sample = sample.failed("repeated_uid", "an earlier row has this uid")
-            row = _row(unit, sample, uid, f"{shard.name}{number:06d}", checker)
-            writer.add(row, sample.image)
+        if shard.is_table:
+            _add_table_rows(writer, shard, out_path)
+        else:
+            for number, (unit, sample, uid, repeated) in enumerate(_shard_samples(shard, out_path)):
+                row = _row(unit, _once(sample, repeated), uid, _key(shard, number), checker)
+                writer.add(row, sample.image)
     return writer.facts
 
 
@@ -240,6 +244,15 @@ def _ids(samples: Iterator[Sample], derive: bool) -> np.ndarray | None:
     return np.frombuffer(found.getvalue(), ROW).copy()
 
 
+def _given(uids: np.ndarray | None) -> np.ndarray | None:
+    """[rows] ROW of uids that the source gives."""
+    if uids is None:
+        return None
+    found = np.zeros(len(uids), ROW)
+    found["id"], found["state"] = uids, GIVEN
+    return found
+
+
 def _make_unique(rows: np.ndarray) -> None:
     """None; gives every repeated id another one: a given one becomes REPEATED, a derived one is numbered."""
     order = np.argsort(rows["id"], kind="stable")
@@ -296,8 +309,7 @@ def _shard_samples(shard: ShardPlan, out_path: str) -> Iterator[tuple[Unit, Samp
     """(unit, sample, uid, whether it is repeated) of the shard's rows in order."""
     for span in shard.spans:
         rows = _load(_ids_path(out_path, "final", span.number))
-        place = f"source {span.unit.source}: {span.unit.place or span.unit.path}"
-        changed = WinnowError(f"{place}: expected the {len(rows)} samples of the run's first pass; it has changed")
+        changed = _has_changed(span, len(rows))
         kept = np.flatnonzero(rows["state"] != LEFT_OUT)[span.start : span.stop]
         samples = read_samples(span.unit)
         position = 0
@@ -310,6 +322,66 @@ def _shard_samples(shard: ShardPlan, out_path: str) -> Iterator[tuple[Unit, Samp
             yield span.unit, sample, uid, bool(rows["state"][index] == REPEATED)
         if position == len(rows) and next(samples, None) is not None:
             raise changed
+
+
+def _add_table_rows(writer: ShardWriter, shard: ShardPlan, out_path: str) -> None:
+    """None; the shard's rows as _shard_samples gives them, as columns where all rows of a piece are usable."""
+    number = 0
+    for span in shard.spans:
+        rows = _load(_ids_path(out_path, "final", span.number))
+        kept = np.flatnonzero(rows["state"] != LEFT_OUT)[span.start : span.stop]
+        position = 0
+        for piece in url_table.read_pieces(span.unit):
+            columns = piece.columns
+            samples = piece.samples() if columns is None else []
+            size = len(samples) if columns is None else columns.num_rows
+            inside = kept[np.searchsorted(kept, position) : np.searchsorted(kept, position + size)]
+            uids = _hex(rows["id"][inside])
+            repeated = rows["state"][inside] == REPEATED
+            if columns is not None and len(inside) and not repeated.any():
+                if len(inside) < size:
+                    columns = columns.take(inside - position)
+                writer.add_table(_table_columns(columns, span.unit, uids, shard, number), len(inside))
+            elif len(inside):
+                samples = samples or piece.samples()
+                for at, index in enumerate((inside - position).tolist()):
+                    sample = _once(samples[index], bool(repeated[at]))
+                    writer.add(_row(span.unit, sample, uids[at], _key(shard, number + at), None), None)
+            number += len(inside)
+            position += size
+            if position > kept[-1] and kept[-1] + 1 < len(rows):
+                break  # what follows is another shard's
+        if position <= kept[-1] or (kept[-1] + 1 == len(rows) and position != len(rows)):
+            raise _has_changed(span, len(rows))
+
+
+def _table_columns(columns: pa.Table, unit: Unit, uids: list[str], shard: ShardPlan, number: int) -> dict[str, Any]:
+    """The pool's columns of usable rows of a table, the first of which is row `number` of the shard."""
+    found = {name: columns[name] for name in columns.column_names}
+    found["uid"] = pa.array(uids, pa.string())
+    found["key"] = pa.array([_key(shard, number + at) for at in range(len(uids))], pa.string())
+    found["source"] = pa.repeat(unit.source, len(uids))
+    found["ok"] = pa.repeat(True, len(uids))
+    return found
+
+
+def _key(shard: ShardPlan, number: int) -> str:
+    return f"{shard.name}{number:06d}"
+
+
+def _hex(ids: np.ndarray) -> list[str]:
+    """The uids of [n] S16, which holds no zeros at their ends, as 32 hex digits each."""
+    digits = ids.tobytes().hex()
+    return [digits[start : start + 32] for start in range(0, len(digits), 32)]
+
+
+def _once(sample: Sample, repeated: bool) -> Sample:
+    return sample.failed("repeated_uid", "an earlier row has this uid") if repeated else sample
+
+
+def _has_changed(span: Span, num_rows: int) -> WinnowError:
+    place = f"source {span.unit.source}: {span.unit.place or span.unit.path}"
+    return WinnowError(f"{place}: expected the {num_rows} samples of the run's first pass; it has changed")
 
 
 class _ImageCheck:
@@ -338,13 +410,13 @@ class _ImageCheck:
         return columns, None
 
 
-def _row(unit: Unit, sample: Sample, uid: str, key: str, checker: _ImageCheck) -> dict[str, Any]:
+def _row(unit: Unit, sample: Sample, uid: str, key: str, checker: _ImageCheck | None) -> dict[str, Any]:
     """The pool's row, without where its image lies."""
     row: dict[str, Any] = {"uid": uid, "key": key, "caption": sample.caption, "source": unit.source, "url": sample.url}
     row |= sample.carried
     if unit.settings.carry.get(ORIGINAL_FILE) == "string" and row.get(ORIGINAL_FILE) is None:
         row[ORIGINAL_FILE] = unit.place
-    if sample.image is not None:
+    if sample.image is not None and checker is not None:
         columns, problem = checker.columns(sample.image)
         row |= columns
         if problem:

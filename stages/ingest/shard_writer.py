@@ -47,6 +47,7 @@ class ShardWriter:
         self.schema = pa.schema([*pool.SCHEMA, *further.items()])
         self._in_json = [name for name, kind in further.items() if not pa.types.is_list(kind)]
         self._columns: dict[str, list] = {column: [] for column in self.schema.names}
+        self._tables: list[pa.Table] = []  # of the rows before those in _columns
         self._has_tar = has_tar
         self.facts: dict[str, Any] = {}
 
@@ -68,7 +69,8 @@ class ShardWriter:
             entry = self._archive.entry
             metadata = {TAR_SHA256: entry["sha256"].encode(), TAR_BYTES: str(entry["bytes"]).encode()}
             known[f"{self.name}.tar"] = entry
-        table = pa.table(self._columns, schema=self.schema)
+        self._end_table()
+        table = pa.concat_tables(self._tables).combine_chunks()  # in one piece, so that its bytes tell of its rows only
         data = pool.table_bytes(table, metadata)
         parquet_path = storage.join(self.out_path, f"{self.name}.parquet")
         replaces = self._has_tar and storage.exists(parquet_path)
@@ -99,6 +101,20 @@ class ShardWriter:
             self._archive.add(f"{key}.json", self._json(row, details or {}))
         for name, column in self._columns.items():
             column.append(values.get(name))
+
+    def add_table(self, columns: Mapping[str, pa.Array], num_rows: int) -> None:
+        """None; the shard's next rows, of a shard without a tar. Columns that are left out are null."""
+        assert not self._has_tar
+        self._end_table()
+        full = [
+            columns[field.name].cast(field.type) if field.name in columns else pa.nulls(num_rows, field.type)
+            for field in self.schema
+        ]
+        self._tables.append(pa.table(full, schema=self.schema))
+
+    def _end_table(self) -> None:
+        self._tables.append(pa.table(self._columns, schema=self.schema))
+        self._columns = {column: [] for column in self.schema.names}
 
     def _json(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> bytes:
         values = {theirs: row.get(ours) for ours, theirs in IMG2DATASET_NAMES.items()}

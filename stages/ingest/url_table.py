@@ -8,7 +8,8 @@ has no quotes. DataComp's features (`x.npz` beside `x.parquet`: row i belongs to
 `carry` names one of their keys.
 
 Cost: a parquet file is cut into ranges of rows, and a range in the middle of a row group costs the decoding of the
-rows before it (0.3 to 0.5 microseconds each; reading one takes about 10). Features are inflated from the array's start,
+rows before it (0.3 to 0.5 microseconds each). Where all of a batch's rows are usable they are read as columns, in a
+few microseconds a row, and else one by one, in some tens. Features are inflated from the array's start,
 so a worker keeps its place in an array for the next range. Planning reads csv, tsv and jsonl once, to cut them at rows;
 a range of a .gz costs the inflating of what is before it. A json is one unit: every shard made of it reads it from its
 start. Memory: one batch of rows, and one line or object of text.
@@ -20,6 +21,7 @@ import atexit
 import codecs
 import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
@@ -27,8 +29,8 @@ import re
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -41,7 +43,11 @@ from pipeline.core import storage
 from pipeline.core.errors import ConfigError, WinnowError
 from stages.ingest import parquet_rows
 from stages.ingest.samples import (
+    CARRIED_TYPES,
+    EXPECTED_SHA256,
+    FACE_BOXES,
     MAX_CAPTION_BYTES,
+    ORIGINAL_FILE,
     ORIGINAL_NAME,
     Sample,
     Settings,
@@ -188,7 +194,53 @@ def read(unit: Unit, vectors: bool = True) -> Iterator[Sample]:
     if not vectors:
         carry = {column: kind for column, kind in settings.carry.items() if kind != VECTOR}
         settings = replace(settings, carry=carry)
-    rows = _parquet_rows(unit, settings) if kind_of(unit.path) == "parquet" else _text_rows(unit, settings)
+    if kind_of(unit.path) != "parquet":
+        yield from _samples(_text_rows(unit, settings), settings)
+        return
+    for part in _parts(unit, settings):
+        yield from _samples(_part_rows(part), settings)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive samples: `columns` are those of the pool that they decide, where all are usable, else None."""
+
+    columns: pa.Table | None
+    samples: Callable[[], list[Sample]]
+
+
+def read_pieces(unit: Unit) -> Iterator[Piece]:
+    """What `read` gives, in pieces of at most some thousand rows."""
+    if isinstance(unit.extra, tuple) or kind_of(unit.path) != "parquet":
+        samples = read(unit)
+        while some := list(islice(samples, ROWS_PER_BATCH)):
+            yield Piece(None, functools.partial(list, some))
+        return
+    for part in _parts(unit, unit.settings):
+
+        def one_by_one(part: _Part = part) -> list[Sample]:
+            return list(_samples(_part_rows(part), unit.settings))
+
+        yield Piece(_usable_columns(part, unit.settings), one_by_one)
+
+
+def given_uids(unit: Unit) -> np.ndarray | None:
+    """[rows] S16: the uids that the table gives, or None where that takes a look at whole rows."""
+    if isinstance(unit.extra, tuple) or kind_of(unit.path) != "parquet":
+        return None
+    settings = replace(unit.settings, carry={}, url_column=None, sha256_column=None, face_boxes_column=None)
+    found = []
+    for part in _parts(unit, settings):
+        try:
+            if part.batch is None or not _is_text(part.batch.column(settings.caption_column or "").type):
+                return None  # broken, or a list of captions, which is several samples
+            found.append(_hex_bytes(_text_column(part.batch, settings.uid_column or "uid")))
+        except UNUSUAL:
+            return None
+    return np.concatenate(found) if found else np.empty(0, "S16")
+
+
+def _samples(rows: Iterable[Row], settings: Settings) -> Iterator[Sample]:
     url_column, caption_column = settings.url_column or "", settings.caption_column or ""
     empty = Sample("")
     for key, values in rows:
@@ -206,7 +258,19 @@ def read(unit: Unit, vectors: bool = True) -> Iterator[Sample]:
 # Parquet.
 
 
-def _parquet_rows(unit: Unit, settings: Settings) -> Iterator[Row]:
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a parquet file from row `first` on: the table's columns and the features, or why they can't be read."""
+
+    first: int
+    num_rows: int
+    batch: pa.RecordBatch | None
+    vectors: Mapping[str, np.ndarray]
+    problem: str = ""
+
+
+def _parts(unit: Unit, settings: Settings) -> Iterator[_Part]:
+    """The unit's rows in their order, at most ROWS_PER_BATCH at once where they can be read."""
     named = [settings.url_column, settings.caption_column, settings.uid_column or "uid"]
     named += [settings.sha256_column, settings.face_boxes_column, "original_width", "original_height", *settings.carry]
     with parquet_rows.opened(unit.path) as (whole, watched):
@@ -224,18 +288,142 @@ def _parquet_rows(unit: Unit, settings: Settings) -> Iterator[Row]:
             problem = "the row group ends early"
             try:
                 for row, batch in _batches(file, group, columns, start - first, stop - first):
-                    lists = [_values(column) for column in batch.columns]
-                    lists += [_vectors(npz, key, first + row, len(batch)) for key in features]
-                    keys = [*batch.schema.names, *features]
-                    for values in zip(*lists, strict=True):
-                        yield f"row {done}", dict(zip(keys, values, strict=True))
-                        done += 1
+                    vectors = {key: _vectors(npz, key, first + row, len(batch)) for key in features}
+                    yield _Part(done, len(batch), batch, vectors)
+                    done += len(batch)
             except (pa.ArrowException, OSError, ValueError) as error:
                 watched.reraise()
                 problem = f"can't be read: {error}"
-            for row in range(done, stop):
-                yield f"row {row}", problem
+            if done < stop:
+                yield _Part(done, stop - done, None, {}, problem)
             first += size
+
+
+def _part_rows(part: _Part) -> Iterator[Row]:
+    problem = part.problem
+    if part.batch is not None:
+        try:
+            lists = [_values(column) for column in part.batch.columns] + list(part.vectors.values())
+        except (pa.ArrowException, OSError, ValueError) as error:
+            problem = f"can't be read: {error}"
+        else:
+            keys = [*part.batch.schema.names, *part.vectors]
+            for row, values in enumerate(zip(*lists, strict=True), part.first):
+                yield f"row {row}", dict(zip(keys, values, strict=True))
+            return
+    for row in range(part.first, part.first + part.num_rows):
+        yield f"row {row}", problem
+
+
+# Rows as columns: for batches in which all is as it should be. They give what samples.with_metadata, with_caption and
+# `read` give of each row, and leave what they are not sure of to these.
+
+UNUSUAL = (pa.ArrowException, ArithmeticError, KeyError, TypeError, ValueError)
+HEX_32 = "(?i)^[0-9a-f]{32}$"
+HEX_64 = "^[0-9a-f]{64}$"
+
+
+def _usable_columns(part: _Part, settings: Settings) -> pa.Table | None:
+    """The columns of the pool that the rows decide. None: a row is not usable, or of a type that needs a look."""
+    batch = part.batch
+    if batch is None or {ORIGINAL_NAME, ORIGINAL_FILE} & set(settings.carry):
+        return None
+    try:
+        if settings.uid_column:
+            _hex_bytes(_text_column(batch, settings.uid_column))
+        urls = _text_column(batch, settings.url_column or "")
+        captions = _text_column(batch, settings.caption_column or "")
+        if urls.null_count or not pc.all(pc.greater(pc.binary_length(pc.ascii_trim_whitespace(urls)), 0)).as_py():
+            return None
+        if captions.null_count or pc.max(pc.binary_length(captions)).as_py() > MAX_CAPTION_BYTES:
+            return None
+        # Of whitespace beyond ASCII, Python has the last word.
+        doubtful = captions.filter(pc.invert(pc.match_substring_regex(captions, "[!-~]")))
+        if not all(text.strip() for text in doubtful.to_pylist()):
+            return None
+        columns = {"url": urls, "caption": captions}
+        for side in ("width", "height"):
+            columns[f"original_{side}_px"] = _sizes(batch, f"original_{side}")
+        for name, kind in settings.carry.items():
+            columns[name] = _vector_lists(part.vectors[name]) if name in part.vectors else _carried(batch, name, kind)
+        if settings.sha256_column:
+            digests = pc.utf8_lower(_text_column(batch, settings.sha256_column))
+            known = pc.match_substring_regex(digests, HEX_64)
+            columns[EXPECTED_SHA256] = pc.if_else(known, digests, pa.scalar(None, digests.type))
+        if settings.face_boxes_column:
+            columns[FACE_BOXES] = _boxes_column(batch.column(settings.face_boxes_column))
+    except UNUSUAL:
+        return None
+    return pa.table(columns)
+
+
+def _text_column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """The column of valid text. Raises one of UNUSUAL for another one."""
+    column = batch.column(name)
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        raise TypeError(name)
+    column.validate(full=True)
+    return column
+
+
+def _hex_bytes(uids: pa.Array) -> np.ndarray:
+    """[rows] S16 of texts of 32 hex digits. Raises ValueError where one is something else."""
+    if uids.null_count or not pc.all(pc.match_substring_regex(uids, HEX_32)).as_py():
+        raise ValueError("no uid")
+    return np.frombuffer(bytes.fromhex("".join(uids.to_pylist())), "S16")
+
+
+def _sizes(batch: pa.RecordBatch, name: str) -> pa.Array:
+    if name not in batch.schema.names:
+        return pa.nulls(len(batch), pa.int32())
+    column = batch.column(name)
+    if not pa.types.is_integer(column.type):
+        raise TypeError(name)
+    known = pc.and_(pc.greater(column, 0), pc.less(column, 1 << 31))
+    return pc.if_else(known, column, pa.scalar(None, column.type)).cast(pa.int32())
+
+
+def _carried(batch: pa.RecordBatch, name: str, kind: str) -> pa.Array:
+    column, wanted = batch.column(name), CARRIED_TYPES[kind]
+    if kind == "string":
+        return _text_column(batch, name)
+    if pa.types.is_floating(wanted) and column.type in (pa.float32(), pa.float64()):
+        return column.cast(wanted, safe=False)
+    if pa.types.is_integer(wanted) and pa.types.is_integer(column.type):
+        return column.cast(wanted)
+    if column.type != wanted or kind == VECTOR:
+        raise TypeError(name)
+    return column
+
+
+def _vector_lists(vectors: np.ndarray) -> pa.Array:
+    with np.errstate(over="raise"):
+        narrow = np.ascontiguousarray(vectors.astype(np.float16))
+    offsets = np.arange(len(narrow) + 1, dtype=np.int32) * narrow.shape[1]
+    return pa.ListArray.from_arrays(offsets, pa.array(narrow.reshape(-1)))
+
+
+def _boxes_column(column: pa.Array) -> pa.Array:
+    """JSON text of each row's boxes, as samples.with_metadata writes it."""
+    kind = column.type
+    if not (_is_list(kind) and _is_list(kind.value_type) and pa.types.is_floating(kind.value_type.value_type)):
+        raise TypeError(kind)
+    boxes = column.flatten()
+    sides = boxes.flatten()
+    if boxes.null_count or sides.null_count or not pc.all(pc.equal(pc.list_value_length(boxes), 4)).as_py():
+        raise ValueError("not four numbers a box")
+    values = sides.to_numpy().astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("not finite")
+    counts = pc.list_value_length(column).to_pylist()
+    ends = np.cumsum([count or 0 for count in counts]).tolist()
+    texts = []
+    for count, end in zip(counts, ends, strict=True):
+        if not count:
+            texts.append(None if count is None else "[]")
+            continue
+        texts.append(json.dumps(values[4 * (end - count) : 4 * end].reshape(-1, 4).tolist(), separators=(",", ":")))
+    return pa.array(texts, pa.string())
 
 
 def _batches(

@@ -59,12 +59,14 @@ def select(
         exclude: rows that count as if the pool did not have them.
 
     Returns:
-        {pool_rows, ok_rows, kept_rows, kept_samples, funnel: [{rule, rows_in, rows_kept}]}. The funnel starts with the
-        whole pool and ends with kept_rows; each rule starts with what the one before kept.
+        {pool_rows, ok_rows, kept_rows, kept_samples, funnel: [{rule, rows_in, rows_kept, alone_kept, only_removed}]}.
+        The funnel starts with the whole pool and ends with kept_rows; each rule starts with what the one before kept.
+        alone_kept and only_removed are of the rows that can be chosen at all (ok and not excluded): how many pass the
+        rule by itself, and how many every other rule keeps and this one does not. Steps before them have neither.
     """
-    evaluation = _Evaluation(pool_path, columns, strategies, name, exclude)
-    rules = list(_flat_rules(strategies, name))
-    kept_by_rule = np.zeros(len(rules), dtype=np.int64)
+    evaluation = Evaluation(pool_path, columns, strategies, name, exclude)
+    rules = rule_names(strategies, name)
+    in_order, alone, only = (np.zeros(len(rules), dtype=np.int64) for _ in range(3))
     pool_rows = ok_rows = not_excluded = kept_rows = 0
     writer = uid_pairs.SubsetWriter(sum(shard.rows for shard in evaluation.shards))
     for view in evaluation.views():
@@ -72,10 +74,13 @@ def select(
         ok_rows += int(view.ok.sum())
         mask = view.base
         not_excluded += int(mask.sum())
-        for index, rule in enumerate(rules):
-            mask = mask & view.rule_mask(rule)
-            kept_by_rule[index] += int(mask.sum())
-        multiplicity = view.multiplicities(strategies[name], mask)
+        judged = view.judge(name)
+        for index, kept in enumerate(judged.kept_by_rule):
+            mask = mask & kept
+            in_order[index] += int(mask.sum())
+            alone[index] += int(kept.sum())
+            only[index] += int((judged.only_removed & ~kept).sum())
+        multiplicity = judged.multiplicity
         rows = np.flatnonzero(multiplicity).astype(np.int32)
         kept_rows += len(rows)
         if len(rows):
@@ -84,16 +89,14 @@ def select(
         data = pool.table_bytes(table, {pool.SHARD_DIGEST: view.shard.digest.encode()})
         storage.write_bytes(file_path(out_path, view.shard), data)
     writer.write(storage.join(out_path, "uids.npy"))
-    counted = [("ok", ok_rows)]
+    funnel: list[dict[str, Any]] = [{"rule": "ok", "rows_in": pool_rows, "rows_kept": ok_rows}]
     if exclude:
-        counted.append(("exclude", not_excluded))
-    counted += zip(map(str, rules), kept_by_rule.tolist(), strict=True)
-    if strategies[name].repeat:
-        counted.append((f"repeat {strategies[name].repeat.column}", kept_rows))
-    funnel, rows_in = [], pool_rows
-    for rule, rows_kept in counted:
-        funnel.append({"rule": rule, "rows_in": rows_in, "rows_kept": rows_kept})
-        rows_in = rows_kept
+        funnel.append({"rule": "exclude", "rows_in": ok_rows, "rows_kept": not_excluded})
+    counts = zip(in_order.tolist(), alone.tolist(), only.tolist(), strict=True)
+    for rule, (rows_kept, alone_kept, only_removed) in zip(rules, counts, strict=True):
+        rows_in = funnel[-1]["rows_kept"]
+        step = {"rule": rule, "rows_in": rows_in, "rows_kept": rows_kept}
+        funnel.append(step | {"alone_kept": alone_kept, "only_removed": only_removed})
     return {
         "pool_rows": pool_rows,
         "ok_rows": ok_rows,
@@ -103,14 +106,35 @@ def select(
     }
 
 
-def _flat_rules(strategies: Mapping[str, Strategy], name: str) -> Iterator[Rule]:
+def rule_names(strategies: Mapping[str, Strategy], name: str) -> list[str]:
+    """What the funnel calls each of flat_rules, and the strategy's `repeat` where it has one."""
+    repeat = strategies[name].repeat
+    return [*map(str, flat_rules(strategies, name)), *([f"repeat {repeat.column}"] if repeat else [])]
+
+
+def flat_rules(strategies: Mapping[str, Strategy], name: str) -> Iterator[Rule]:
     """The strategy's rules with `all_of` written out, so that the funnel shows each comparison."""
     for rule in strategies[name].rules:
         if isinstance(rule, Algebra) and rule.operator == "all_of":
             for part in rule.names:
-                yield from _flat_rules(strategies, part)
+                yield from flat_rules(strategies, part)
         else:
             yield rule
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What each rule says of one shard's rows. Rows that can't be chosen at all pass no rule and fail none alone.
+
+    Attributes:
+        kept_by_rule: for each of rule_names, [rows] bool: which rows pass the rule by itself.
+        only_removed: [rows] bool: rows that exactly one of the rules removes.
+        multiplicity: [rows] int64: how often the strategy takes each row.
+    """
+
+    kept_by_rule: list[np.ndarray]
+    only_removed: np.ndarray
+    multiplicity: np.ndarray
 
 
 @dataclass
@@ -119,7 +143,7 @@ class _Subset:
     has_repeats: bool
 
 
-class _Evaluation:
+class Evaluation:
     """A strategy over a pool, with the cuts of `top` and `random` and the subset files resolved."""
 
     def __init__(
@@ -149,10 +173,10 @@ class _Evaluation:
                 if isinstance(rule, (Top, Random)) and rule not in self.cuts:
                     self.cuts[rule] = self._cut(rule)
 
-    def views(self) -> Iterator[_ShardView]:
+    def views(self) -> Iterator[ShardView]:
         """A view of each shard in turn."""
         for shard in self.shards:
-            view = _ShardView(self, shard)
+            view = ShardView(self, shard)
             yield view
             view.close()
 
@@ -194,10 +218,10 @@ class _Evaluation:
                 yield view.uids[tied]
 
 
-class _ShardView:
+class ShardView:
     """One shard: its columns, read on first use, and the masks of rules and strategies."""
 
-    def __init__(self, evaluation: _Evaluation, shard: Shard):
+    def __init__(self, evaluation: Evaluation, shard: Shard):
         self.evaluation = evaluation
         self.shard = shard
         self._files: dict[str, pq.ParquetFile] = {}
@@ -267,6 +291,19 @@ class _ShardView:
                 mask = mask & self.rule_mask(rule)
             self._masks[name] = mask
         return self._masks[name]
+
+    def judge(self, name: str) -> Judged:
+        """What each of the strategy's flat rules says of the rows."""
+        strategies = self.evaluation.strategies
+        kept = [self.base & self.rule_mask(rule) for rule in flat_rules(strategies, name)]
+        everything = self.multiplicities(strategies[name], self.base)  # as if no rule removed a row
+        if strategies[name].repeat:
+            kept.append(everything > 0)
+        num_kept = np.zeros(self.shard.rows, dtype=np.int32)
+        for mask in kept:
+            num_kept += mask
+        chosen = self.base & (num_kept == len(kept))
+        return Judged(kept, self.base & (num_kept == len(kept) - 1), everything * chosen)
 
     def rule_mask(self, rule: Rule) -> np.ndarray:
         """[rows] bool: which rows pass the rule; rows outside `base` may be anything."""
