@@ -30,7 +30,7 @@ from pipeline.core import artifact, log, pool, storage
 from pipeline.core.config import Resources
 from pipeline.core.engine import ROOT, Engine, post
 from pipeline.core.errors import StepError, WinnowError, one_line
-from pipeline.core.passes import Passes
+from pipeline.core.passes import Passes, timed
 from pipeline.plan import Plan, Status, Step
 from pipeline.runs import RUNS
 from stages.base import Stage
@@ -308,14 +308,16 @@ class Executor:
             )
             for step in steps
         ]
+        seconds = dict.fromkeys((job.out_path for job in jobs), 0.0)
         fit_facts: dict[str, Any] = {}
         if jobs[0].stage.whole_pool:  # which is in a group of its own
             self.progress.start(f"{label}/fit", 0, "passes")
-            passes = self._passes(f"{label}/fit", fit_path(jobs[0]) or "", resources)
+            spent_s: list[float] = []
+            passes = self._passes(f"{label}/fit", fit_path(jobs[0]) or "", resources, spent_s)
             fit_facts = dict(fit(pool_path, jobs[0], shards, passes))
+            seconds[jobs[0].out_path] += sum(spent_s)
             self.progress.end(f"{label}/fit")
         self.progress.start(label, len(todo))
-        seconds = dict.fromkeys((job.out_path for job in jobs), 0.0)
         known: dict[str, dict] = {job.out_path: {} for job in jobs}
 
         def on_done(index: int, done: Mapping[str, Any]) -> None:
@@ -343,11 +345,16 @@ class Executor:
         self.progress.end(label)
         return {}
 
-    def _passes(self, label: str, folder: str, resources: Resources) -> Passes:
-        """Passes over the whole pool, each item a task with these resources."""
+    def _passes(self, label: str, folder: str, resources: Resources, spent_s: list[float]) -> Passes:
+        """Passes over the whole pool, each item a task with these resources, whose seconds are put into `spent_s`."""
 
         def run(function: Callable, items: Sequence[tuple], names: Sequence[str], on_done: Callable) -> None:
-            self.engine.map(function, items, [f"{label}/{name}" for name in names], resources, on_done)
+            def done(index: int, found: tuple[float, Any]) -> None:
+                spent_s.append(found[0])
+                on_done(index, found[1])
+
+            timed_items = [(function, *item) for item in items]
+            self.engine.map(timed, timed_items, [f"{label}/{name}" for name in names], resources, done)
 
         return Passes(
             run,
@@ -631,6 +638,7 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
                 "compared": True,
                 "label": planning.label(plan, strategy),
                 "uses": planning.uses(plan, strategy, statuses),
+                "choosing": planning.cost_of_choosing(plan, strategy, statuses),
                 "error": error(f"{strategy}/{'selection' if ends_at_selections else 'train_set'}"),
             }
         )

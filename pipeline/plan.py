@@ -497,11 +497,8 @@ def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None
     reference = (config.strategies[strategy] or {}).get("reference")
     if reference:
         phrases.append(f"reference {reference} instead of the pool")
-    chosen, name, _ = plan.steps[f"{strategy}/selection"].work
-    columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
-    judges = {plan.columns[column][0] for column in columns if column in plan.columns}
     own = {alias for alias, _ in plan.columns.values()}
-    for alias in sorted(own.intersection(plan.ancestors(sorted(judges)))):  # those that they build on as well
+    for alias in sorted(own.intersection(_judging(plan, strategy))):
         stage = plan.steps[alias].work
         references = references_of(plan.steps[alias])
         if references:
@@ -521,6 +518,23 @@ def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None
             phrase += f", {facts['samples_seen']:,} samples, {hours}"
         phrases.append(phrase)
     return phrases
+
+
+def cost_of_choosing(plan: Plan, strategy: str, statuses: Mapping[str, Status]) -> dict[str, float]:
+    """{samples_seen, cpu_hours, gpu_hours} of the stages that judge for a strategy and of the scorers trained for it.
+
+    What several strategies share counts in full for each, as each would need it alone.
+    """
+    records = [status.record for name in _judging(plan, strategy) if (status := statuses.get(name)) is not None]
+    facts = [record["facts"] for record in records if record is not None and "cpu_hours" in record["facts"]]
+    return {key: sum(one.get(key, 0) for one in facts) for key in ("samples_seen", "cpu_hours", "gpu_hours")}
+
+
+def _judging(plan: Plan, strategy: str) -> list[str]:
+    """The steps whose columns decide what a strategy chooses, and all that those build on; in order."""
+    chosen, name, _ = plan.steps[f"{strategy}/selection"].work
+    columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
+    return plan.ancestors(sorted({plan.columns[column][0] for column in columns if column in plan.columns}))
 
 
 def _files_used(stage: Stage) -> list[str]:

@@ -26,6 +26,9 @@ STAGES = {
     "pair_duplicates": "stages.columns.pair_duplicates:PairDuplicates",
     "semdedup": "stages.columns.semdedup:SemDeDup",
     "clip": "stages.columns.clip:Clip",
+    "tmars": "stages.columns.tmars:TMars",
+    "caption_classifier": "stages.columns.caption_classifier:CaptionClassifier",
+    "mix": "stages.columns.mix:Mix",
     "contamination": "stages.columns.contamination:Contamination",
 }
 

@@ -16,7 +16,8 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeline.core.errors import ConfigError, WinnowError, suggestion
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+TEXT_GROUPS = 4  # captions of a batch are encoded in this many groups of like length, to spare padding
 
 Architecture = str | Mapping[str, Any]
 
@@ -196,6 +198,27 @@ def _ready(clip: Clip, device: str) -> Clip:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return Clip(model, clip.preprocess, clip.tokenizer, device)
+
+
+def embed(clip: Clip, images: Sequence[Any], captions: Sequence[str], threads: Executor) -> tuple[Any, Any]:
+    """Features of images and of captions: two [B, D] float32 tensors, rows L2-normalised, on the model's device.
+
+    Args:
+        images: [B] PIL, RGB.
+        threads: that preprocess images.
+    """
+    import torch
+
+    with torch.inference_mode():
+        images_BCHW = torch.stack(list(threads.map(clip.preprocess, images))).to(clip.device)
+        image_BD = clip.model.encode_image(images_BCHW, normalize=True).float()
+        tokens_BT = clip.tokenizer(captions)
+        order = torch.argsort((tokens_BT != 0).sum(dim=1), stable=True)
+        text_BD = torch.empty_like(image_BD)
+        for rows in order.chunk(TEXT_GROUPS):
+            tokens = tokens_BT[rows].to(clip.device)
+            text_BD[rows.to(clip.device)] = encode_text(clip.model, tokens, normalize=True).float()
+    return image_BD, text_BD
 
 
 def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:

@@ -30,12 +30,14 @@ from pipeline.report.samples import gallery
 from pipeline.report.tables import (
     CLEANED,
     SCOPE,
+    choosing_hours,
     cleaned_tables,
     estimate_text,
     found_text,
     header_lines,
     hours,
     remarks,
+    samples_text,
     seeds_text,
 )
 
@@ -190,7 +192,7 @@ def _table_row(board: Leaderboard, row: Row) -> Markup:
         *(_score(row.scores[column.name]) for column in board.columns),
         element("td", number(kept), of_pool),
         element("td", seeds_text(row)),
-        element("td", number(row.samples_seen), element("small", repeats)),
+        element("td", samples_text(row), element("small", repeats)),
         element("td", hours(row)),
         element("td", element("code", plain(row.checkpoints[0])) if row.checkpoints else "-", more, class_="text"),
     ]
@@ -341,7 +343,8 @@ def _gallery(board: Leaderboard) -> list[Markup]:
 
 
 def _cost(board: Leaderboard) -> Markup:
-    heads = ["strategy", "uses beyond the pool", "cost per training", "trainings", "distinct samples", "most repeats"]
+    heads = ["strategy", "uses beyond the pool", "cost of choosing", "cost per training", "trainings"]
+    heads += ["distinct samples", "most repeats"]
     rows = []
     for row in board.rows:
         trainings = [t for t in board.run.trainings if t.strategy == row.strategy.name and t.facts]
@@ -350,6 +353,7 @@ def _cost(board: Leaderboard) -> Markup:
         cells = [
             element("td", _name(row.strategy.name), class_="strategy"),
             element("td", plain("; ".join(row.strategy.uses)) or "nothing", class_="text wrap"),
+            element("td", choosing_hours(row)),
             element("td", hours(row)),
             element("td", str(len(row.checkpoints))),
             element("td", number(max(distinct) if distinct else None)),

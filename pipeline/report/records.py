@@ -117,6 +117,7 @@ class Strategy:
     compared: bool = True  # False: a part of other strategies; not trained
     label: str = ""
     uses: tuple[str, ...] = ()
+    choosing: dict[str, float] = field(default_factory=dict)  # {samples_seen, cpu_hours, gpu_hours} before its training
     error: str | None = None
     selection: str | None = None
     train_set: str | None = None
@@ -333,6 +334,7 @@ def _strategy(
         compared=bool(entry.get("compared", True)),
         label=entry.get("label") or "",
         uses=tuple(entry.get("uses") or ()),
+        choosing=dict(entry.get("choosing") or {}),
         error=error,
         selection=entry.get("selection"),
         train_set=entry.get("train_set"),

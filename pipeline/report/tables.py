@@ -47,9 +47,24 @@ SCOPE = "Claims are about this pool, recipe and task list only: the best filter 
 
 def hours(row: Row) -> str:
     """The mean cost of a training: GPU-hours where GPUs were used, else CPU-hours."""
-    if row.gpu_hours:
-        return f"{row.gpu_hours:.3g} GPU-h"
-    return "-" if row.cpu_hours is None else f"{row.cpu_hours:.3g} CPU-h"
+    return _hours(row.cpu_hours, row.gpu_hours)
+
+
+def choosing_hours(row: Row) -> str:
+    """What it cost to choose: the stages that judge, and the training of the scorers that they use."""
+    return _hours(row.strategy.choosing.get("cpu_hours") or None, row.strategy.choosing.get("gpu_hours"))
+
+
+def _hours(cpu_hours: float | None, gpu_hours: float | None) -> str:
+    if gpu_hours:
+        return f"{gpu_hours:.3g} GPU-h"
+    return "-" if cpu_hours is None else f"{cpu_hours:.3g} CPU-h"
+
+
+def samples_text(row: Row) -> str:
+    """Samples seen in a training, and those that the scorers of its choice saw before: `14,400 + 6,400`."""
+    scorers = row.strategy.choosing.get("samples_seen")
+    return number(row.samples_seen) + (f" + {number(int(scorers))}" if scorers else "")
 
 
 def seeds_text(row: Row) -> str:
@@ -93,7 +108,7 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
         "seeds",
         "samples seen",
     ]
-    names += ["repeats", "cost", "checkpoint"]
+    names += ["repeats", "cost", "choosing", "checkpoint"]
     body = []
     for row in board.rows:
         fraction = row.strategy.kept_fraction
@@ -112,9 +127,10 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
                 "baseline" if row.strategy.name == board.run.baseline else difference_text(row),
                 row.standing or "-",
                 seeds_text(row),
-                number(row.samples_seen),
+                samples_text(row),
                 "-" if row.repeats is None else f"{row.repeats:.3g}",
                 hours(row),
+                choosing_hours(row),
                 row.checkpoints[0] + more if row.checkpoints else "-",
             ]
         )
@@ -171,6 +187,8 @@ def remarks(board: Leaderboard) -> list[str]:
         note = f": {board.run.published_note}" if board.run.published_note else ""
         lines.append(f"Published averages are as the config gives them, not measured here{note}.")
     labels = {row.strategy.label for row in board.rows}
+    if any(row.strategy.choosing.get("samples_seen") for row in board.rows):
+        lines.append("Samples seen + those that the scorers of a strategy's choice were trained on, in this run.")
     if "oracle" in labels:
         lines.append("An oracle reads the truth that no filter has: it shows what is possible, it does not compete.")
     if "reference" in labels:
@@ -412,6 +430,7 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "repeats": _rounded(row.repeats),
         "cpu_hours": _rounded(row.cpu_hours),
         "gpu_hours": _rounded(row.gpu_hours),
+        "choosing": {key: _rounded(value) for key, value in sorted(strategy.choosing.items())},
         "checkpoints": list(row.checkpoints),
         "reasons": list(row.reasons),
         **choices_record(strategy),

@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 from pipeline.core.errors import WinnowError
 from stages.base import Batch, LoadContext, Stage
 
-TEXT_GROUPS = 4  # captions of a batch are encoded in this many groups of like length, to spare padding
-
 
 @dataclass(frozen=True)
 class Clip(Stage):
@@ -34,35 +32,29 @@ class Clip(Stage):
     adds: ClassVar[Mapping[str, str]] = {"clip_score": "float32", "clip_image": "float16[]", "clip_text": "float16[]"}
 
     def load(self, context: LoadContext) -> Any:
-        from concurrent.futures import ThreadPoolExecutor
-
-        import torch
-
-        from pipeline.core import clip_model
-
-        if context.model is None:
-            raise WinnowError(f"stage clip: model = {self.model}, but the worker was given no model to load")
-        torch.set_num_threads(context.threads)
-        return clip_model.load(context.model, context.device), ThreadPoolExecutor(context.threads)
+        return loaded(context, f"stage clip: model = {self.model}")
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        import torch
-
         from pipeline.core import clip_model
 
         clip, threads = state
-        with torch.inference_mode():
-            images_BCHW = torch.stack(list(threads.map(clip.preprocess, batch.images))).to(clip.device)
-            image_BD = clip.model.encode_image(images_BCHW, normalize=True).float()
-            tokens_BT = clip.tokenizer(batch.columns["caption"])
-            order = torch.argsort((tokens_BT != 0).sum(dim=1), stable=True)
-            text_BD = torch.empty_like(image_BD)
-            for rows in order.chunk(TEXT_GROUPS):
-                tokens = tokens_BT[rows].to(clip.device)
-                text_BD[rows.to(clip.device)] = clip_model.encode_text(clip.model, tokens, normalize=True).float()
-            score_B = (image_BD * text_BD).sum(dim=-1)
+        image_BD, text_BD = clip_model.embed(clip, batch.images, batch.columns["caption"], threads)
         return {
-            "clip_score": score_B.cpu().numpy(),
+            "clip_score": (image_BD * text_BD).sum(dim=-1).cpu().numpy(),
             "clip_image": image_BD.half().cpu().numpy(),
             "clip_text": text_BD.half().cpu().numpy(),
         }
+
+
+def loaded(context: LoadContext, place: str) -> tuple[Any, Any]:
+    """(the model that the worker was given, threads that preprocess images). `place` starts the error's line."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
+    from pipeline.core import clip_model
+
+    if context.model is None:
+        raise WinnowError(f"{place}, but the worker was given no model to load")
+    torch.set_num_threads(context.threads)
+    return clip_model.load(context.model, context.device), ThreadPoolExecutor(context.threads)
