@@ -30,7 +30,7 @@ from stages.column_files import Column  # noqa: E402
 from stages.columns.embedding_duplicates import EmbeddingDuplicates  # noqa: E402
 from stages.columns.semdedup import FOUND, SemDeDup  # noqa: E402
 from stages.duplicates.groups import GROUPS  # noqa: E402
-from stages.spherical_kmeans import choose_clusters  # noqa: E402
+from stages.kmeans import choose_clusters  # noqa: E402
 from stages.stage_worker import StageJob, fit, fit_path  # noqa: E402
 from tests.passes_fixture import passes_here  # noqa: E402
 from tests.pool_fixture import random_uids, write_columns  # noqa: E402

@@ -25,10 +25,15 @@ STAGES = {
     "embedding_duplicates": "stages.columns.embedding_duplicates:EmbeddingDuplicates",
     "pair_duplicates": "stages.columns.pair_duplicates:PairDuplicates",
     "semdedup": "stages.columns.semdedup:SemDeDup",
+    "clusters": "stages.columns.clusters:Clusters",
+    "density_pruning": "stages.columns.density_pruning:DensityPruning",
     "clip": "stages.columns.clip:Clip",
     "tmars": "stages.columns.tmars:TMars",
     "caption_classifier": "stages.columns.caption_classifier:CaptionClassifier",
     "mix": "stages.columns.mix:Mix",
+    "d2": "stages.columns.d2:D2",
+    "soft_cap": "stages.columns.soft_cap:SoftCap",
+    "classifier_head": "stages.columns.classifier_head:ClassifierHead",
     "contamination": "stages.columns.contamination:Contamination",
 }
 

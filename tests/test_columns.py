@@ -470,7 +470,7 @@ def owners(stage):
     return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("name", sorted(set(bare_stages()) - {"contamination", "language_cld3"}))
+@pytest.mark.parametrize("name", sorted(set(bare_stages()) - {"contamination", "language_cld3", "normsim"}))
 def test_golden_outputs(pool_path, tmp_path, name):
     """Outputs are those recorded for this version. After a change that is meant: bump the stage's `version` and write
     the new digest, which the failure shows."""

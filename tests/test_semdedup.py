@@ -7,11 +7,10 @@ import pyarrow as pa
 import pytest
 
 from pipeline.core.errors import WinnowError
-from stages import spherical_kmeans, unit_vectors
+from stages import kmeans, unit_vectors
 from stages.columns import semdedup
 from stages.columns.semdedup import SemDeDup, earlier_cosines
 from stages.selection import uids
-from stages.spherical_kmeans import nearest, train
 from stages.unit_vectors import unit
 from tests.duplicates_fixture import run_stage
 from tests.embedding_fixture import near_copies, vector_pool
@@ -84,8 +83,9 @@ def test_order_shards_tiles_and_partitions_change_nothing(tmp_path, monkeypatch)
     monkeypatch.setattr(semdedup, "PIECE_ROWS", 50)
     monkeypatch.setattr(semdedup, "PARTITION_ROWS", 40)
     monkeypatch.setattr(semdedup, "TILE_ROWS", 5)
-    monkeypatch.setattr(spherical_kmeans, "TILE_ROWS", 17)
-    monkeypatch.setattr(spherical_kmeans, "TILE_CENTROIDS", 5)
+    monkeypatch.setattr(kmeans, "PART_ROWS", 70)
+    monkeypatch.setattr(kmeans, "TILE_ROWS", 17)
+    monkeypatch.setattr(kmeans, "TILE_CENTROIDS", 5)
     monkeypatch.setattr(unit_vectors, "CACHED_ROWS", 3)
     monkeypatch.setattr("stages.pool_blocks.blocks.__defaults__", (120,))
     again, other = run(tmp_path / "b", vectors[order], [ids[at] for at in order], shards=8, clusters=12)
@@ -95,7 +95,7 @@ def test_order_shards_tiles_and_partitions_change_nothing(tmp_path, monkeypatch)
 
 
 def test_a_sample_trains_the_same_centroids_in_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(spherical_kmeans, "ROWS_A_CLUSTER", 10)
+    monkeypatch.setattr(kmeans, "ROWS_A_CLUSTER", 10)
     vectors, _ = near_copies(300, 16, seed=5)
     ids = [f"{number * 104729:032x}" for number in range(300)]
     first, _ = run(tmp_path / "a", vectors, ids, clusters=8)
@@ -157,40 +157,6 @@ def test_cosines_are_exact_and_equal_vectors_are_at_one():
     assert np.abs(direct @ direct.T - cosines).max() < 2e-7
     narrow = rows.astype(np.float32)
     assert np.abs(narrow @ narrow.T - cosines).max() < unit_vectors.float32_error(512)
-
-
-def test_the_nearest_centroid_is_the_lowest_of_equal_ones():
-    rng = np.random.default_rng(1)
-    vectors = rng.normal(size=(500, 32)).astype(np.float16)
-    centroids = unit(rng.normal(size=(40, 32)))
-    centroids[30] = centroids[4]
-    cluster, cosine = nearest(vectors, centroids)
-    exact = unit(vectors) @ centroids.T
-    assert cluster.tolist() == exact.argmax(axis=1).tolist()
-    assert cosine.tolist() == exact.max(axis=1).astype(np.float32).tolist()
-    assert 30 not in cluster
-    assert 4 in cluster
-
-
-def test_training_gains_with_every_iteration_and_fills_empty_clusters():
-    rng = np.random.default_rng(2)
-    centres = rng.normal(size=(6, 24))
-    vectors = (np.repeat(centres, 30, axis=0) + 0.1 * rng.normal(size=(180, 24))).astype(np.float16)
-    vectors[1:6] = vectors[0]  # so that all centroids start at one place
-    gains = []
-    for rounds in (1, 2, 3, 50):
-        centroids, done, empty = train(vectors, 6, rounds)
-        cluster, cosine = nearest(vectors, unit(centroids))
-        gains.append(cosine.mean())
-    assert gains == sorted(gains)
-    assert (empty, len(set(cluster.tolist()))) == (0, 6)
-    assert done < 50
-    assert gains[-1] > 0.8
-    equal, _, empty = train(np.repeat(vectors[:1], 5, axis=0), 3, 10)
-    assert (len(equal), empty) == (3, 2)
-    opposite = np.stack([vectors[0], -vectors[0]])
-    found, _, _ = train(opposite, 1, 10)
-    assert np.isfinite(found).all()
 
 
 def test_earlier_cosines_of_one_row_and_none():

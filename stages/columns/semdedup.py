@@ -17,10 +17,10 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
+from stages.kmeans import Centroids, KMeans, choose_clusters, read_centroids
 from stages.pool_blocks import Block
 from stages.selection import uids
 from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
-from stages.spherical_kmeans import KMeans, assigned, choose_clusters, read_centroids
 from stages.unit_vectors import packed, pieces, unit, unpacked
 
 FOUND = "found"  # the pass that load() reads
@@ -51,10 +51,10 @@ class SemDeDup(Stage):
         iterations: of k-means, at most.
 
     Cost: for n rows of d dimensions the column read twice and exchanged once (2 d + 32 bytes a row), 2 n d clusters
-    operations for the clusters, and d times the sum of the squared cluster sizes for the cosines, each cluster in one
-    task: for up to some hundred million rows. Memory of a task: 6 d bytes a row of PIECE_ROWS, or of the sample (at
-    most 500,000 rows: 1.5 GB at 512), and 24 d bytes a cluster. A cluster of any size is compared in tiles and takes 60
-    bytes a row; on an object store its vectors as well, 2 d bytes a row.
+    operations for the clusters (their training: stages/kmeans.py), and d times the sum of the squared cluster sizes for
+    the cosines, each cluster in one task: for up to some hundred million rows. Memory of a task: 6 d bytes a row of
+    PIECE_ROWS, and 28 d bytes a cluster. A cluster of any size is compared in tiles and takes 60 bytes a row; on an
+    object store its vectors as well, 2 d bytes a row.
     """
 
     embedding: str = "clip_image"
@@ -63,7 +63,7 @@ class SemDeDup(Stage):
     seed: Annotated[int, Field(ge=0)] = 0
     iterations: Annotated[int, Field(ge=1)] = 20
 
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {
         "semdedup_cluster": "int32",
@@ -104,7 +104,7 @@ class SemDeDup(Stage):
 def write_members(block: Block, column: str, centroids: Pass, num_partitions: int, path: str) -> None:
     """None; writes (row, high, low, cluster, cosine with its centroid, vector) of the block's rows, by cluster."""
     centres = read_centroids(centroids)
-    vectors, cluster, cosine = assigned(block, column, centres)
+    vectors, cluster, cosine = Centroids(centres, "cosine").assigned(block, column)
     columns = {
         "row": vectors.row,
         "high": vectors.uid[:, 0],
