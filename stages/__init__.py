@@ -34,6 +34,9 @@ STAGES = {
     "d2": "stages.columns.d2:D2",
     "soft_cap": "stages.columns.soft_cap:SoftCap",
     "classifier_head": "stages.columns.classifier_head:ClassifierHead",
+    "negclip": "stages.columns.negclip:NegClip",
+    "normsim": "stages.columns.normsim:NormSim",
+    "normsim_d": "stages.columns.normsim_d:NormSimD",
     "contamination": "stages.columns.contamination:Contamination",
 }
 

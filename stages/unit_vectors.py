@@ -66,8 +66,11 @@ class Vectors:
 
 
 def concatenate(parts: Sequence[Vectors]) -> Vectors:
-    """All rows of the parts; of no dimension where there is none."""
+    """All rows of the parts; of no dimension where there is none. Raises WinnowError where vectors differ in length."""
     parts = [part for part in parts if len(part)]
+    lengths = sorted({part.vector.shape[1] for part in parts})
+    if len(lengths) > 1:
+        raise WinnowError(f"vectors of {lengths[0]} to {lengths[-1]} values in one column, expected one length")
     if not parts:
         return Vectors(np.empty(0, np.uint64), np.empty((0, 2), np.uint64), np.empty((0, 0), np.float16))
     return Vectors(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "uid", "vector")))
