@@ -12,6 +12,8 @@ from pipeline import plan as planning
 from pipeline.core import config, storage
 from pipeline.core.errors import ConfigError, StepError
 from tests.download_fixture import write_table
+from tests.engine_fixture import run_here
+from tests.test_metadata_run import metadata
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -55,18 +57,60 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, override
 
 
 @pytest.mark.parametrize("scale", ["small", "medium", "large", "xlarge"])
-def test_the_datacomp_configs_plan_with_data_in_place(tmp_path, scale):
-    """Their sources and tasks are placed here as tiny stand-ins; models, recipes, strategies are the real ones."""
+def test_the_datacomp_configs_plan_with_metadata_in_place(tmp_path, scale):
+    """Sources and tasks are tiny stand-ins, recipes and strategies the real ones; assets that are missing are named."""
     path = str(ROOT / "configs" / f"datacomp_{scale}.yaml")
-    lid = tmp_path / "lid.176.bin"
-    lid.write_bytes((793712314).to_bytes(4, "little") + b"stands for the model")
-    stages = yaml.safe_load(pathlib.Path(path).read_text())["stages"]
-    stages = [{"name": "language", "model": str(lid)} if "lid.176" in str(stage) else stage for stage in stages]
-    plan = plan_of(
-        tmp_path, "pool.source=demo", "eval.root=demo", "eval.tasks=[objects]", f"stages={yaml.safe_dump(stages)}", path=path
-    )  # fmt: skip
+    metadata(tmp_path / "metadata", (30,))
+    source = f"pool.source.path={tmp_path}/metadata/*.parquet"
+    assets = [f"stages.5.centroids={tmp_path}/c.pt", f"stages.5.target_features=[{tmp_path}/t.pt]"]
+    assets += [f"stages.4.wordnet={tmp_path}/wordnet", f"stages.4.ids={tmp_path}/ids.txt"]
+    plan = plan_of(tmp_path, source, *assets, "stages.2=language", "eval.root=demo", "eval.tasks=[objects]", path=path)
     assert plan.recipe.samples_seen == {"small": 12.8e6, "medium": 128e6, "large": 1.28e9, "xlarge": 12.8e9}[scale]
-    assert plan.steps["clip"].values["fields"]["model"] == {"architecture": "ViT-L-14", "pretrained": "openai"}
+    assert plan.steps["clusters"].inputs["within"] == "clusters/within"
+    missing = "\n".join(plan.warnings)
+    assert (
+        f"stages.clusters does not run, and what needs it is N/A: centroids = {tmp_path}/c.pt is not there: " in missing
+    )
+    assert "stages.imagenet_words does not run" in missing
+    states = {name: status.state for name, status in planning.resolve(plan).items()}
+    assert states["clusters"] == "unavailable"
+    assert states["image_based/selection"] == "pending"
+
+
+def test_the_filtering_network_is_charged_to_what_it_chose(tmp_path):
+    path = str(ROOT / "configs" / "filtering_network.yaml")
+    recipe = yaml.safe_load(pathlib.Path(TINY).read_text())["recipes"]["tiny"]
+    plan = plan_of(
+        tmp_path, "pool={source: {layout: demo, pairs: 60}, shard_size: 60}", "stages.1=image_stats", "models={network: {recipe: network, on: trusted}}",
+        "references.trusted={source: {layout: demo, pairs: 48, clean: true}, shard_size: 48}",
+        f"recipes.network={yaml.safe_dump(recipe)}", "eval.root=demo", "eval.tasks=[objects]", "cluster={}",
+        "strategies.openai_15={}", "train.recipe=network", path=path,
+    )  # fmt: skip
+    outcome = run_here(plan, ["network_15/selection", "random_15/selection"])
+    assert not outcome.failures
+    cost = planning.cost_of_choosing(plan, "network_15", outcome.statuses)
+    assert cost["samples_seen"] == recipe["samples_seen"]
+    assert cost["cpu_hours"] > outcome.statuses["model/network"].record["facts"]["cpu_hours"] > 0
+    assert planning.cost_of_choosing(plan, "random_15", outcome.statuses)["samples_seen"] == 0
+    (phrase,) = planning.uses(plan, "network_15", outcome.statuses)
+    assert phrase.startswith("model network: trained on trusted (network), 300 samples, ")
+
+
+def test_a_missing_asset_makes_its_strategies_na_and_no_others(tmp_path):
+    stages = f"stages=[image_stats, {{name: metaclip, metadata: {tmp_path}/none.json, threshold: 5}}]"
+    strategies = "strategies={balanced: {where: [metaclip_probability > 0]}, wide: {where: [aspect_ratio > 1]}}"
+    overrides = [stages, strategies, "compare=[wide, balanced]", "models={}"]
+    plan = plan_of(tmp_path, *overrides)
+    outcome = run_here(plan, ["wide/selection", "balanced/selection"])
+    assert outcome.statuses["wide/selection"].state == "done"
+    assert outcome.statuses["balanced/selection"].state == "pending"
+    assert set(outcome.failures) == {"metaclip"}
+    assert outcome.failures["metaclip"].startswith(
+        f"metadata = {tmp_path}/none.json is not there: metadata.json of http"
+    )
+    assert " 1 unavailable" in planning.describe(plan, ["balanced/selection"])
+    (tmp_path / "none.json").write_text('["star"]')
+    assert planning.resolve(plan_of(tmp_path, *overrides))["metaclip"].state == "todo"
 
 
 def test_a_table_of_urls_is_chosen_from_before_it_is_downloaded(tmp_path):
