@@ -25,14 +25,16 @@ from typing import Any
 import yaml
 
 from eval import tasks as eval_tasks
+from pipeline import account, states
 from pipeline import plan as planning
 from pipeline.core import artifact, log, pool, storage
 from pipeline.core.config import Resources
 from pipeline.core.engine import ROOT, Engine, post
 from pipeline.core.errors import StepError, WinnowError, one_line
 from pipeline.core.passes import Passes, timed
-from pipeline.plan import Plan, Status, Step
 from pipeline.runs import RUNS
+from pipeline.states import Status
+from pipeline.steps import Plan, Step, reference_role, references_of
 from stages.base import Stage
 from stages.column_files import Column
 from stages.ingest import demo_world, download, pool_shards, sources
@@ -97,7 +99,7 @@ class Executor:
                         outcome.failures |= future.result()
                         del running[future]
                     if done:
-                        outcome.statuses = planning.resolve(self.plan, outcome.statuses)
+                        outcome.statuses = states.resolve(self.plan, outcome.statuses)
                         write_plan(self.run_path, outcome)
             except BaseException:
                 self.interrupted = [_path(outcome.statuses, name) for names in running.values() for name in names]
@@ -294,7 +296,7 @@ class Executor:
         todo = {
             shard.name: shard
             for step in steps
-            for shard in planning.stale_shards(step, statuses[step.name].record, statuses)
+            for shard in states.stale_shards(step, statuses[step.name].record, statuses)
         }
         jobs = [
             StageJob(
@@ -370,9 +372,9 @@ class Executor:
     def _references(self, step: Step, statuses: Mapping[str, Status]) -> dict[str, Reference]:
         """{name: pool and columns} of what a stage compares the pool with."""
         found = {}
-        for name in planning.references_of(step):
-            source = step.inputs[planning.reference_role(name, "pool")]
-            columns = self._columns(step, statuses, planning.reference_role(name, "column/"))
+        for name in references_of(step):
+            source = step.inputs[reference_role(name, "pool")]
+            columns = self._columns(step, statuses, reference_role(name, "column/"))
             found[name] = Reference(_path(statuses, source), pool.shards(statuses[source].record or {}), columns)
         return found
 
@@ -571,7 +573,7 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
         progress.say(f"{config_path} -> {plan.config.root}: {len(targets)} steps; log in {run_path}")
         for warning in plan.warnings:
             progress.say(f"warning: {warning}")
-        outcome = Outcome(planning.resolve(plan))
+        outcome = Outcome(states.resolve(plan))
         if any(outcome.statuses[step].state != "done" for step in plan.ancestors(list(targets))):
             engine = Engine()
             executor = Executor(plan, engine, progress, run_path)
@@ -636,9 +638,9 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
                 "gallery": made(f"{strategy}/gallery"),
                 "shares": made(f"{strategy}/shares"),
                 "compared": True,
-                "label": planning.label(plan, strategy),
-                "uses": planning.uses(plan, strategy, statuses),
-                "choosing": planning.cost_of_choosing(plan, strategy, statuses),
+                "label": account.label(plan, strategy),
+                "uses": account.uses(plan, strategy, statuses),
+                "choosing": account.cost_of_choosing(plan, strategy, statuses),
                 "error": error(f"{strategy}/{'selection' if ends_at_selections else 'train_set'}"),
             }
         )

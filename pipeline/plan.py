@@ -1,4 +1,4 @@
-"""Config -> the DAG of steps, and what each step's state is.
+"""Config -> the DAG of steps.
 
     pool -> stages' columns -> selection -> train_set -> train (per seed) -> eval (per task)
       ^      ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
@@ -7,23 +7,20 @@
       ^ where the source is a table of URLs: urls -> columns that need no image -> selection -> download
         with `download: false` the pool is that of `urls`, and the selections are where the plan ends
 
-A step makes one artifact. Its identity is its values and the digests of its inputs' content, so it is known once the
-inputs are finished: until then the step is *pending*. Column steps are identified by the pool's fingerprint instead,
-and each of their files by the digest of the pool shard that it was computed from: when a shard changes, that file
-alone is stale. A downloaded pool is a step of its own after `urls`; with `retry` it is to be done once more in a run.
+A downloaded pool is a step of its own after `urls`. What state each step is in: states.py.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from eval import tasks as eval_tasks
-from pipeline.core import artifact, clip_model, pool, storage
+from pipeline.core import clip_model, storage
 from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig, validate
 from pipeline.core.errors import FAILURES, ConfigError, WinnowError, one_line, suggestion
+from pipeline.steps import Plan, Step, reference_role, stage_columns, stage_name
 from stages import build_stage, exclusion
 from stages.base import Stage
 from stages.column_files import ARROW_TYPES, POOL_TYPES
@@ -42,58 +39,6 @@ DOWNLOAD_TYPES = {
 }
 TASKS = "tasks"  # what a stage is `against` that compares the pool with the images of all tasks
 DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
-
-
-@dataclass(frozen=True)
-class Step:
-    """One artifact to be made. `work` is what making it needs beyond the inputs: a stage, sources, a recipe, a task."""
-
-    name: str
-    kind: str
-    version: int
-    values: Mapping[str, Any]  # what changes the result, without names and paths
-    inputs: Mapping[str, str] = field(default_factory=dict)  # role -> step
-    resources: str = ""  # its name in `cluster:`
-    work: Any = None
-    unavailable: str = ""  # why it can't be made here: an asset that is missing, and where to get it
-
-
-@dataclass(frozen=True)
-class Status:
-    """`state` is done, todo, pending or unavailable; `why` says what made it so.
-
-    The artifact is known of what is done or to be done.
-    """
-
-    state: str
-    artifact: artifact.Artifact | None
-    why: str
-    record: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All steps in an order in which each comes after its inputs."""
-
-    config: Config
-    steps: Mapping[str, Step]
-    columns: Mapping[str, tuple[str, str]]  # column -> the step that adds it, and its name in that step's files
-    recipe: recipe.Recipe
-    tasks: Mapping[str, eval_tasks.TaskData | None]  # None: a task of the demo world, drawn by the step `tasks`
-    warnings: list[str]
-    exclude: exclusion.Exclusion
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # which run a retry belongs to
-
-    def ancestors(self, names: list[str]) -> list[str]:
-        """The named steps and all that they depend on, in order."""
-        wanted: set[str] = set()
-        stack = list(names)
-        while stack:
-            name = stack.pop()
-            if name not in wanted:
-                wanted.add(name)
-                stack += self.steps[name].inputs.values()
-        return [name for name in self.steps if name in wanted]
 
 
 def build(config: Config, place: str) -> Plan:
@@ -396,167 +341,6 @@ def build(config: Config, place: str) -> Plan:
     return Plan(config, steps, columns, shared, tasks, warnings, exclude)
 
 
-def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = False) -> dict[str, Status]:
-    """The state of every step, by looking at what is finished below the root.
-
-    Args:
-        known: earlier answers; steps that were done then are not looked at again.
-        explain: look at all finished artifacts to say of a step to be done how it differs from one that is.
-    """
-    root = plan.config.root
-    found: dict[str, Status] = {}
-    siblings: dict[str, list[tuple[str, Mapping[str, Any]]]] | None = None
-    for name, step in plan.steps.items():
-        before = (known or {}).get(name)
-        if before is not None and before.state == "done":
-            found[name] = before
-            continue
-        if step.unavailable:
-            found[name] = Status("unavailable", None, step.unavailable)
-            continue
-        waiting = [other for other in step.inputs.values() if found[other].state != "done"]
-        if waiting:
-            found[name] = Status("pending", None, f"waits for {waiting[0]}")
-            continue
-        made = artifact.Artifact(root, step.kind, identity(step, found))
-        record = made.record()
-        if record is not None:
-            again = _rows_to_retry(step, record, plan.run_id)
-            if again:
-                found[name] = Status("todo", made, f"retry: {again} failed rows", record)
-                continue
-            stale = stale_shards(step, record, found)
-            if not stale:
-                found[name] = Status("done", made, "finished", record)
-                continue
-            found[name] = Status("todo", made, f"{len(stale)} shards of the pool changed", record)
-            continue
-        if siblings is None:
-            siblings = _finished_by_kind(root) if explain else {}
-        found[name] = Status("todo", made, _why(made, siblings.get(step.kind, [])))
-    return found
-
-
-def _rows_to_retry(step: Step, record: Mapping[str, Any], run_id: str) -> int:
-    """How many rows of a finished download this run shall fetch again."""
-    if not isinstance(step.work, DownloadSettings) or record["facts"].get("retried_by") == run_id:
-        return 0
-    retried = download.retried_failures(step.work)
-    return sum(count for reason, count in record["facts"]["failed"].items() if reason in retried)
-
-
-def identity(step: Step, found: Mapping[str, Status]) -> dict[str, Any]:
-    """The identity of a step whose inputs are done."""
-    inputs = {}
-    for role, name in step.inputs.items():
-        record = found[name].record
-        assert record is not None  # done steps have one
-        by_name = isinstance(step.work, Stage) and role not in ("model", "within") and not step.work.whole_pool
-        inputs[role] = record["fingerprint"] if by_name else artifact.content_digest(record)
-    return {"version": step.version, **step.values, "inputs": inputs}
-
-
-def stale_shards(step: Step, record: Mapping[str, Any] | None, found: Mapping[str, Status]) -> list[pool.Shard]:
-    """The pool's shards for which a stage has no columns yet, or columns of another content. [] for other steps."""
-    if not isinstance(step.work, Stage):
-        return []
-    pool_record = found[step.inputs["pool"]].record
-    assert pool_record is not None
-    files = record["files"] if record else {}
-    return [
-        shard
-        for shard in pool.shards(pool_record)
-        if files.get(f"{shard.name}.parquet", {}).get("pool_shard") != shard.digest
-    ]
-
-
-def reference_role(name: str, role: str) -> str:
-    """The role of an input that is the `pool` or a `column/...` of a reference which a stage compares the pool with."""
-    return f"reference/{name}/{role}"
-
-
-def references_of(step: Step) -> list[str]:
-    """The names of the references (and tasks) that a stage's step compares the pool with."""
-    roles = (role for role in step.inputs if role.startswith("reference/") and role.endswith("/pool"))
-    return [role.removeprefix("reference/").removesuffix("/pool") for role in roles]
-
-
-def stage_columns(alias: str, stage: Stage) -> dict[str, str]:
-    """{column: type} as the pool sees them: prefixed with the alias when it is not the stage's own name."""
-    prefix = "" if alias == stage_name(stage) else f"{alias}_"
-    return {prefix + column: kind for column, kind in stage.adds.items()}
-
-
-def uses(plan: Plan, strategy: str, statuses: Mapping[str, Status] | None = None) -> list[str]:
-    """What a strategy uses beyond the pool, as phrases for the report; [] for rules on the pool alone.
-
-    Args:
-        statuses: where the scorer's training is done, its compute is part of the phrase.
-    """
-    config, phrases = plan.config, []
-    reference = (config.strategies[strategy] or {}).get("reference")
-    if reference:
-        phrases.append(f"reference {reference} instead of the pool")
-    own = {alias for alias, _ in plan.columns.values()}
-    for alias in sorted(own.intersection(_judging(plan, strategy))):
-        stage = plan.steps[alias].work
-        references = references_of(plan.steps[alias])
-        if references:
-            phrases.append(f"compared with {', '.join(references)}")
-        phrases += _files_used(stage)
-        if not stage.uses_model:
-            continue
-        model = config.models[stage.model]
-        if model.recipe is None:
-            phrases.append(f"model {stage.model}: {model.architecture} {model.pretrained}")
-            continue
-        phrase = f"model {stage.model}: trained on {model.on} ({model.recipe})"
-        training = (statuses or {}).get(f"model/{stage.model}")
-        if training is not None and training.record is not None:
-            facts = training.record["facts"]
-            hours = f"{facts['gpu_hours']:.2g} GPU-h" if facts["gpu_hours"] else f"{facts['cpu_hours']:.2g} CPU-h"
-            phrase += f", {facts['samples_seen']:,} samples, {hours}"
-        phrases.append(phrase)
-    return phrases
-
-
-def cost_of_choosing(plan: Plan, strategy: str, statuses: Mapping[str, Status]) -> dict[str, float]:
-    """{samples_seen, cpu_hours, gpu_hours} of the stages that judge for a strategy and of the scorers trained for it.
-
-    What several strategies share counts in full for each, as each would need it alone.
-    """
-    records = [status.record for name in _judging(plan, strategy) if (status := statuses.get(name)) is not None]
-    facts = [record["facts"] for record in records if record is not None and "cpu_hours" in record["facts"]]
-    return {key: sum(one.get(key, 0) for one in facts) for key in ("samples_seen", "cpu_hours", "gpu_hours")}
-
-
-def _judging(plan: Plan, strategy: str) -> list[str]:
-    """The steps whose columns decide what a strategy chooses, and all that those build on; in order."""
-    chosen, name, _ = plan.steps[f"{strategy}/selection"].work
-    columns = algebra.used_columns(chosen, name, sizes=False)  # a random set as large as another judges nothing
-    return plan.ancestors(sorted({plan.columns[column][0] for column in columns if column in plan.columns}))
-
-
-def _files_used(stage: Stage) -> list[str]:
-    """A phrase for each parameter of the stage that names files of the user's."""
-    phrases = []
-    for parameter in sorted({key.split(".")[0] for key in stage.external_files()}):
-        paths = getattr(stage, parameter)
-        several = paths.values() if isinstance(paths, Mapping) else [paths] if isinstance(paths, str) else paths
-        if names := ", ".join(storage.name_of(path) for path in several if path):
-            phrases.append(f"{parameter} {names}")
-    return phrases
-
-
-def label(plan: Plan, strategy: str) -> str:
-    """`oracle` for a strategy that reads planted truth, `reference` for one that is no choice from the pool, or ""."""
-    if "reference" in (plan.config.strategies[strategy] or {}):
-        return "reference"
-    chosen, name, _ = plan.steps[f"{strategy}/selection"].work
-    judged_by = algebra.used_columns(chosen, name, sizes=False)
-    return "oracle" if any(column.startswith("truth_") for column in judged_by) else ""
-
-
 def _read_step(name: str, config: PoolConfig, place: str) -> Step:
     """The step that reads a pool's sources: their pairs, or the rows of tables of URLs."""
     try:
@@ -657,10 +441,6 @@ def _external_digests(stage: Stage, place: str) -> dict[str, Any]:
     return found
 
 
-def stage_name(stage: Stage) -> str:
-    return type(stage).__module__.rsplit(".", 1)[-1]
-
-
 def _fields(stage: Stage) -> dict[str, Any]:
     return {field.name: getattr(stage, field.name) for field in fields(stage)}
 
@@ -759,24 +539,6 @@ def _enter(visiting: list[str], name: str, place: str) -> None:
     visiting.append(name)
 
 
-def _finished_by_kind(root: str) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
-    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
-    for folder in storage.list_folders(root):
-        record = artifact.read_record(storage.join(root, folder)) if "-" in folder else None
-        if record:
-            found.setdefault(record["kind"], []).append((folder, record["identity"]))
-    return found
-
-
-def _why(made: artifact.Artifact, siblings: list[tuple[str, Mapping[str, Any]]]) -> str:
-    """Why a step is to be done: the first field that differs from the finished sibling that shares most with it."""
-    if not siblings:
-        return "not made yet"
-    differences = [(artifact.first_difference(other, made.identity) or "", folder) for folder, other in siblings]
-    difference, folder = min(differences, key=lambda pair: (len(pair[0]), pair))
-    return f"differs from {folder} in {difference}"
-
-
 def targets(plan: Plan, until: str | None) -> list[str]:
     """The steps to reach: all of them, or those called `until` or whose path holds it (`clip`, `train`, `basic`).
 
@@ -795,21 +557,3 @@ def targets(plan: Plan, until: str | None) -> list[str]:
 
 def _holds(path: list[str], words: list[str]) -> bool:
     return any(path[start : start + len(words)] == words for start in range(len(path) - len(words) + 1))
-
-
-def describe(plan: Plan, wanted: list[str]) -> str:
-    """What --plan prints: step, state, artifact, and why; then the counts."""
-    statuses = resolve(plan, explain=True)
-    names = plan.ancestors(wanted)
-    rows = []
-    for name in names:
-        status = statuses[name]
-        rows.append((name, status.state, status.artifact.name if status.artifact else "pending", status.why))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
-    ]
-    counts = {state: sum(row[1] == state for row in rows) for state in ("done", "todo", "pending", "unavailable")}
-    told = [f"{count} {state}" for state, count in counts.items() if count or state != "unavailable"]
-    lines.append(f"root {plan.config.root}: " + ", ".join(told))
-    return "\n".join(lines)

@@ -94,11 +94,12 @@ def run(options: argparse.Namespace) -> int:
         return runs.clean(loaded.root, remove=options.yes)
 
     from pipeline import plan as planning
+    from pipeline import states
 
     plan = planning.build(loaded, options.config)
     targets = planning.targets(plan, options.until)
     if options.plan:
-        print(planning.describe(plan, targets))
+        print(states.describe(plan, targets))
         return 0
     try:
         storage.check_writable(loaded.root, f"{options.config}: root")

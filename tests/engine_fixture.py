@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline import execute
-from pipeline import plan as planning
+from pipeline import execute, states
 from pipeline.core import log, storage
+from pipeline.steps import Plan
 
 
 class EngineHere:
@@ -35,12 +35,12 @@ class EngineHere:
         return self.map(worker.process, items, names, resources, on_done)
 
 
-def run_here(plan: planning.Plan, targets: list[str] | None = None) -> execute.Outcome:
+def run_here(plan: Plan, targets: list[str] | None = None) -> execute.Outcome:
     """The outcome of a run of the plan, or of what these steps need, in this process."""
     run_path = storage.join(plan.config.root, "runs", "here")
     progress = log.Progress(storage.join(run_path, "log.jsonl"))
     try:
         executor = execute.Executor(plan, EngineHere(), progress, run_path)
-        return executor.run(targets or list(plan.steps), execute.Outcome(planning.resolve(plan)))
+        return executor.run(targets or list(plan.steps), execute.Outcome(states.resolve(plan)))
     finally:
         progress.close()

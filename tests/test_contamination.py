@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import execute, report
+from pipeline import account, execute, report, steps
 from pipeline import plan as planning
 from pipeline.core import config, pool
 from pipeline.core.errors import ConfigError
@@ -166,8 +166,8 @@ def test_every_planted_copy_is_found_by_the_surest_method_and_nothing_else(done)
 def test_a_strategy_leaves_the_copies_out_and_says_what_it_used(done):
     plan, outcome, _ = done
     assert outcome.statuses["clean/selection"].record["facts"]["kept_rows"] == 31
-    assert planning.uses(plan, "clean") == ["compared with shapes, sights"]
-    assert planning.uses(plan, "no_filter") == []
+    assert account.uses(plan, "clean") == ["compared with shapes, sights"]
+    assert account.uses(plan, "no_filter") == []
 
 
 def predictions(run, result) -> list[dict]:
@@ -268,7 +268,7 @@ def test_tasks_of_a_model_s_embedding_need_that_model(data, tmp_path):
     )  # fmt: skip
     inputs = plan.steps["contamination"].inputs
     assert inputs["reference/sights/column/clip_image"] == "reference/task_sights/clip"
-    assert planning.references_of(plan.steps["contamination"]) == ["shapes", "sights"]
+    assert steps.references_of(plan.steps["contamination"]) == ["shapes", "sights"]
     renamed = plan_of(data, tmp_path, "seed=5")
     assert renamed.steps["contamination"].values == plan_of(data, tmp_path).steps["contamination"].values
 

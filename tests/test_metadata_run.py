@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import execute, report
+from pipeline import execute, report, states
 from pipeline import plan as planning
 from pipeline.core import config, pool, storage
 from pipeline.core.errors import ConfigError
@@ -186,10 +186,10 @@ def test_metadata_alone_gives_the_subsets_of_datacomp(tmp_path, monkeypatch):
                 )
 
     # The download starts from the rows that are there.
-    later = planning.resolve(plan_of(tmp_path, "pool.download={}", "eval.root=demo", "eval.tasks=[objects]"))
+    later = states.resolve(plan_of(tmp_path, "pool.download={}", "eval.root=demo", "eval.tasks=[objects]"))
     assert later["urls"].state == "done" and later["urls"].artifact.name == outcome.statuses["pool"].artifact.name
     assert later["pool"].state == "todo" and later["basic/train_set"].state == "pending"
-    chosen = planning.resolve(
+    chosen = states.resolve(
         plan_of(tmp_path, "pool.download={}", "pool.only=both", "eval.root=demo", "eval.tasks=[objects]")
     )
     assert {name: status.state for name, status in chosen.items() if name.startswith("urls")} == {

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import yaml
 
-from pipeline import execute
+from pipeline import account, execute, states
 from pipeline import plan as planning
 from pipeline.core import config, storage
 from pipeline.core.errors import ConfigError, StepError
@@ -72,9 +72,9 @@ def test_the_datacomp_configs_plan_with_metadata_in_place(tmp_path, scale):
         f"stages.clusters does not run, and what needs it is N/A: centroids = {tmp_path}/c.pt is not there: " in missing
     )
     assert "stages.imagenet_words does not run" in missing
-    states = {name: status.state for name, status in planning.resolve(plan).items()}
-    assert states["clusters"] == "unavailable"
-    assert states["image_based/selection"] == "pending"
+    found = states.resolve(plan)
+    assert found["clusters"].state == "unavailable"
+    assert found["image_based/selection"].state == "pending"
 
 
 def test_the_filtering_network_is_charged_to_what_it_chose(tmp_path):
@@ -88,11 +88,11 @@ def test_the_filtering_network_is_charged_to_what_it_chose(tmp_path):
     )  # fmt: skip
     outcome = run_here(plan, ["network_15/selection", "random_15/selection"])
     assert not outcome.failures
-    cost = planning.cost_of_choosing(plan, "network_15", outcome.statuses)
+    cost = account.cost_of_choosing(plan, "network_15", outcome.statuses)
     assert cost["samples_seen"] == recipe["samples_seen"]
     assert cost["cpu_hours"] > outcome.statuses["model/network"].record["facts"]["cpu_hours"] > 0
-    assert planning.cost_of_choosing(plan, "random_15", outcome.statuses)["samples_seen"] == 0
-    (phrase,) = planning.uses(plan, "network_15", outcome.statuses)
+    assert account.cost_of_choosing(plan, "random_15", outcome.statuses)["samples_seen"] == 0
+    (phrase,) = account.uses(plan, "network_15", outcome.statuses)
     assert phrase.startswith("model network: trained on trusted (network), 300 samples, ")
 
 
@@ -108,9 +108,9 @@ def test_a_missing_asset_makes_its_strategies_na_and_no_others(tmp_path):
     assert outcome.failures["metaclip"].startswith(
         f"metadata = {tmp_path}/none.json is not there: metadata.json of http"
     )
-    assert " 1 unavailable" in planning.describe(plan, ["balanced/selection"])
+    assert " 1 unavailable" in states.describe(plan, ["balanced/selection"])
     (tmp_path / "none.json").write_text('["star"]')
-    assert planning.resolve(plan_of(tmp_path, *overrides))["metaclip"].state == "todo"
+    assert states.resolve(plan_of(tmp_path, *overrides))["metaclip"].state == "todo"
 
 
 def test_a_table_of_urls_is_chosen_from_before_it_is_downloaded(tmp_path):
@@ -214,11 +214,11 @@ def test_an_alias_prefixes_columns_and_is_no_identity(tmp_path):
 
 def test_what_a_strategy_uses_and_is_called(tmp_path):
     plan = plan_of(tmp_path, "strategies.control={random: {as_many_as: basic_and_clip}}", "compare=[no_filter, control, basic_and_clip, trusted_only, oracle]")  # fmt: skip
-    labels = {name: planning.label(plan, name) for name in plan.config.compare}
+    labels = {name: account.label(plan, name) for name in plan.config.compare}
     assert labels == {"no_filter": "", "control": "", "basic_and_clip": "", "trusted_only": "reference", "oracle": "oracle"}  # fmt: skip
-    assert planning.uses(plan, "control") == []
-    assert planning.uses(plan, "basic_and_clip") == ["model scorer: trained on trusted (tiny)"]
-    assert planning.uses(plan, "trusted_only") == ["reference trusted instead of the pool"]
+    assert account.uses(plan, "control") == []
+    assert account.uses(plan, "basic_and_clip") == ["model scorer: trained on trusted (tiny)"]
+    assert account.uses(plan, "trusted_only") == ["reference trusted instead of the pool"]
 
 
 def test_a_step_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_step_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     (photos / "a.txt").write_text("a photo of nothing much")
     plan = plan_of(tmp_path, f"pool.source={photos}", "strategies.oracle={}")
     executor = execute.Executor(plan, None, None, str(tmp_path))
-    statuses = planning.resolve(plan)
+    statuses = states.resolve(plan)
     executor._check_disk(plan.steps["pool"], statuses)
     monkeypatch.setattr(storage, "free_bytes", lambda path: 4000)
     with pytest.raises(StepError, match=r"pool: not enough disk at .*: it will write about 5.02kB, 4kB are free"):

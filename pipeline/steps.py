@@ -1,0 +1,74 @@
+"""The parts of a plan: steps, each of which makes one artifact, and how a stage's columns and inputs are named."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eval import tasks as eval_tasks
+from pipeline.core.config import Config
+from stages.base import Stage
+from stages.exclusion import Exclusion
+from training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """One artifact to be made. `work` is what making it needs beyond the inputs: a stage, sources, a recipe, a task."""
+
+    name: str
+    kind: str
+    version: int
+    values: Mapping[str, Any]  # what changes the result, without names and paths
+    inputs: Mapping[str, str] = field(default_factory=dict)  # role -> step
+    resources: str = ""  # its name in `cluster:`
+    work: Any = None
+    unavailable: str = ""  # why it can't be made here: an asset that is missing, and where to get it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps in an order in which each comes after its inputs."""
+
+    config: Config
+    steps: Mapping[str, Step]
+    columns: Mapping[str, tuple[str, str]]  # column -> the step that adds it, and its name in that step's files
+    recipe: Recipe
+    tasks: Mapping[str, eval_tasks.TaskData | None]  # None: a task of the demo world, drawn by the step `tasks`
+    warnings: list[str]
+    exclude: Exclusion
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # which run a retry belongs to
+
+    def ancestors(self, names: list[str]) -> list[str]:
+        """The named steps and all that they depend on, in order."""
+        wanted: set[str] = set()
+        stack = list(names)
+        while stack:
+            name = stack.pop()
+            if name not in wanted:
+                wanted.add(name)
+                stack += self.steps[name].inputs.values()
+        return [name for name in self.steps if name in wanted]
+
+
+def reference_role(name: str, role: str) -> str:
+    """The role of an input that is the `pool` or a `column/...` of a reference which a stage compares the pool with."""
+    return f"reference/{name}/{role}"
+
+
+def references_of(step: Step) -> list[str]:
+    """The names of the references (and tasks) that a stage's step compares the pool with."""
+    roles = (role for role in step.inputs if role.startswith("reference/") and role.endswith("/pool"))
+    return [role.removeprefix("reference/").removesuffix("/pool") for role in roles]
+
+
+def stage_columns(alias: str, stage: Stage) -> dict[str, str]:
+    """{column: type} as the pool sees them: prefixed with the alias when it is not the stage's own name."""
+    prefix = "" if alias == stage_name(stage) else f"{alias}_"
+    return {prefix + column: kind for column, kind in stage.adds.items()}
+
+
+def stage_name(stage: Stage) -> str:
+    return type(stage).__module__.rsplit(".", 1)[-1]
