@@ -21,10 +21,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Skips what this machine can't run: GPU tests without CUDA, real data outside CI. In CI real data is a must."""
+    """Skips what this machine can't run: GPU tests without CUDA, real data outside CI. In CI real data is a must.
+
+    Where tests run side by side, those that start a Ray take turns and come first, as together they take longest; the
+    others stay together by file, for their fixtures.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     data = real_data_folder()
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
         if item.get_closest_marker("gpu"):
             import torch
 

@@ -15,6 +15,8 @@ import urllib.request
 
 import pytest
 
+pytestmark = pytest.mark.ray
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = "_artifact.json"
 BIN = pathlib.Path(sys.executable).parent

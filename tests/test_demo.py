@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.ray
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SEEDS = 2  # of the three that the demo has, as each takes a minute
 

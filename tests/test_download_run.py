@@ -22,6 +22,8 @@ from tests.download_fixture import FAST, uid_of, write_table
 from tests.image_server import ImageServer
 from tests.pool_fixture import drawing
 
+pytestmark = pytest.mark.ray
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMAGES = [drawing(number, 40 + number, 48, "JPEG") for number in range(60)]
 # Faults that answer at once and the same way every time.

@@ -18,6 +18,8 @@ from tests.duplicates_fixture import run_stage
 from tests.pool_fixture import drawing, random_uids, write_pool
 from tests.test_caption_duplicates import corpus
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def engine():

@@ -12,6 +12,8 @@ from pipeline.core.config import Resources
 from pipeline.core.engine import Engine
 from pipeline.core.errors import NetworkDownError, StepError, WinnowError
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def engine():

@@ -96,6 +96,7 @@ def test_the_table_counts_rows_that_decoded():
     ]
 
 
+@pytest.mark.ray
 def test_the_table_of_a_finished_run(finished):
     root, _ = finished
     truth, chosen = planted_faults.read_choices(str(root))

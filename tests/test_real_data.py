@@ -13,6 +13,8 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.ray
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MISMATCHED_OF_1000 = 330
 PHOTOS = 1500

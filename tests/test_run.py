@@ -16,6 +16,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
+pytestmark = pytest.mark.ray
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECORD = "_artifact.json"
 

@@ -339,6 +339,7 @@ def test_recipes_of_the_config():
         recipes.parse({**values, "crop_scale": [1.0, 0.5]}, "run.yaml: recipes.mine")
 
 
+@pytest.mark.ray
 def test_two_workers_on_ray(train_set_path, uninterrupted, tmp_path):
     from pipeline.core.engine import Engine
     from training.worker import train_on_ray
