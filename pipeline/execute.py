@@ -80,8 +80,8 @@ class Executor:
             step = self.plan.steps[name]
             self.engine.check_fits(self._resources(step), f"cluster.{step.resources}")
         for name in wanted:
-            if outcome.statuses[name].state == "unavailable":
-                outcome.failures[name] = outcome.statuses[name].why
+            if self.plan.steps[name].unavailable:
+                outcome.failures[name] = self.plan.steps[name].unavailable
         running: dict[concurrent.futures.Future, list[str]] = {}
         write_plan(self.run_path, outcome)
         threading.Thread(target=self._watch_trainings, daemon=True).start()

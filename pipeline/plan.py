@@ -20,7 +20,7 @@ from eval import tasks as eval_tasks
 from pipeline.core import clip_model, storage
 from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig, validate
 from pipeline.core.errors import FAILURES, ConfigError, WinnowError, one_line, suggestion
-from pipeline.steps import Plan, Step, reference_role, stage_columns, stage_name
+from pipeline.steps import Plan, Step, ancestors, reference_role, stage_columns, stage_name
 from stages import build_stage, exclusion
 from stages.base import Stage
 from stages.column_files import ARROW_TYPES, POOL_TYPES
@@ -39,6 +39,7 @@ DOWNLOAD_TYPES = {
 }
 TASKS = "tasks"  # what a stage is `against` that compares the pool with the images of all tasks
 DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
+EVERYTHING = {"everything": algebra.Strategy("everything", ())}  # every ok row, but for what is excluded
 
 
 def build(config: Config, place: str) -> Plan:
@@ -111,19 +112,8 @@ def build(config: Config, place: str) -> Plan:
         known_without_images[urls] = known
         inputs = {"urls": urls}
         if only is not None:
-            inputs["selection"] = add_first_choice(only)
+            inputs["selection"] = add_choice("urls/selection", only, f"{place}: pool.only = {only}", urls)
         add(Step(name, "pool", download.VERSION, {"download": settings.identity()}, inputs, "download", settings))
-
-    def add_first_choice(strategy: str) -> str:
-        """The steps that choose rows before anything is downloaded, from what the tables and captions tell."""
-        inputs = {"pool": "urls"}
-        for column in sorted(algebra.used_columns(parsed, strategy)):
-            owner = owner_of(column)
-            if owner:
-                inputs[f"column/{column}"] = add_stage(owner, "urls")
-            else:
-                check_known(column, "urls", f"{place}: pool.only = {strategy}")
-        return add_selection("urls/selection", parsed, strategy, inputs, f"{place}: strategies", first=True)
 
     def check_known(column: str, pool_step: str, where: str) -> None:
         """None. Raises ConfigError for a column of the pool itself that has no values without images."""
@@ -158,8 +148,12 @@ def build(config: Config, place: str) -> Plan:
             inputs[f"column/{column}"] = add_stage(owner, pool_step)
         if stage.uses_references:
             inputs |= add_references(alias, stage)
-        if alias in limits and pool_step == "pool":
-            inputs["within"] = add_choice(f"{alias}/within", limits[alias], f"{place}: stages.{alias}.within")
+        if alias in limits and pool_step in ("pool", "urls"):
+            where = f"{place}: stages.{alias}.within = {limits[alias]}"
+            inputs["within"] = add_choice(f"{step_name}/within", limits[alias], where, pool_step)
+        elif stage.whole_pool and exclude and pool_step == "pool":  # what is excluded is nobody's copy or neighbour
+            name = f"{step_name}/within"
+            inputs["within"] = add_selection(name, EVERYTHING, "everything", {"pool": "pool"}, place)
         try:
             owners = {column: owner_of(column) for column in stage.needs}
             types = {column: column_types[column] for column in stage.needs}
@@ -242,10 +236,8 @@ def build(config: Config, place: str) -> Plan:
         reference = choice if choice in config.references else on_references.get(choice)
         pool_step = f"reference/{reference}" if reference else "pool"
         if not reference:
-            return pool_step, add_choice(f"{prefix}selection", choice, f"{place}: strategies")
-        chosen = algebra.parse_strategies({"everything": {}}, place, columns={})
-        where = f"{place}: strategies"
-        return pool_step, add_selection(f"{prefix}selection", chosen, "everything", {"pool": pool_step}, where)
+            return pool_step, add_choice(f"{prefix}selection", choice, f"{place}: strategies.{choice}")
+        return pool_step, add_selection(f"{prefix}selection", EVERYTHING, "everything", {"pool": pool_step}, place)
 
     def add_train_set(prefix: str, choice: str) -> str:
         """The steps that turn a strategy, or a whole reference, into a train set; `prefix` names them."""
@@ -264,16 +256,19 @@ def build(config: Config, place: str) -> Plan:
             )
         )
 
-    def add_choice(step_name: str, strategy: str, where: str) -> str:
-        """The selection of a strategy over the pool, after the stages whose columns it uses."""
-        inputs = {"pool": "pool"}
+    def add_choice(step_name: str, strategy: str, where: str, pool_step: str = "pool") -> str:
+        """The selection of a strategy over the pool, after the stages whose columns it uses.
+
+        On `urls` it is from what tables and captions tell, before anything is downloaded.
+        """
+        inputs = {"pool": pool_step}
         for column in sorted(algebra.used_columns(parsed, strategy)):
             owner = owner_of(column)
             if owner:
-                inputs[f"column/{column}"] = add_stage(owner)
+                inputs[f"column/{column}"] = add_stage(owner, pool_step)
             else:
-                check_known(column, "pool", f"{place}: strategies.{strategy}")
-        return add_selection(step_name, parsed, strategy, inputs, where)
+                check_known(column, pool_step, where)
+        return add_selection(step_name, parsed, strategy, inputs, f"{place}: strategies", first=pool_step == "urls")
 
     def add_selection(
         step_name: str, chosen: Mapping[str, Any], name: str, inputs: dict[str, str], where: str, first: bool = False
@@ -295,9 +290,16 @@ def build(config: Config, place: str) -> Plan:
         add(Step(name, "gallery", gallery.VERSION, selection.values, inputs, "select", selection.work))
         if config.shares and strategy not in on_references:  # a reference has no columns of the pool's stages
             owners = {column: owner_of(column) for column in config.shares}
+            made = {column: add_stage(owner) for column, owner in owners.items() if owner}
+            lost = {
+                column
+                for column, name in made.items()
+                if any(steps[one].unavailable for one in ancestors(steps, [name]))
+            }
+            warnings.extend(f"shares: {column} is N/A, as what it is made of is not there" for column in sorted(lost))
             inputs = {"pool": "pool", "selection": selection.name}
-            inputs |= {f"column/{column}": add_stage(owner) for column, owner in owners.items() if owner}
-            values = {"columns": sorted(config.shares)}
+            inputs |= {f"column/{column}": name for column, name in made.items() if column not in lost}
+            values = {"columns": sorted(set(config.shares) - lost)}
             add(Step(f"{strategy}/shares", "shares", shares.VERSION, values, inputs, "select"))
 
     tasks = {} if ends_at_selections else _add_tasks(config, add, place)
@@ -338,7 +340,7 @@ def build(config: Config, place: str) -> Plan:
         model.recipe: recipes[model.recipe] for model in config.models.values() if model.recipe
     }
     warnings += [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
-    return Plan(config, steps, columns, shared, tasks, warnings, exclude)
+    return Plan(config, steps, columns, shared, tasks, list(dict.fromkeys(warnings)), exclude)
 
 
 def _read_step(name: str, config: PoolConfig, place: str) -> Step:
@@ -405,13 +407,15 @@ def _stages(config: Config, place: str) -> tuple[dict[str, Stage], dict[str, str
         alias = fields.pop("as", name)
         if not isinstance(name, str):
             raise ConfigError(f"{where}.name = {name}, expected the name of a stage")
-        if not isinstance(alias, str) or not NAME.match(alias) or alias in RESERVED:
+        if not isinstance(alias, str) or not NAME.match(alias) or alias in (*RESERVED, *STEPS_OF_CLUSTER):
             raise ConfigError(f"{where}.as = {alias}, expected a name of a-z, 0-9, _ that is no other step's")
         if alias in found:
             raise ConfigError(f"{where}: a second stage is called {alias}; give it another name with `as:`")
         if "within" in fields:
             limits[alias] = str(fields.pop("within"))
         stage = build_stage(name, fields, where)
+        if alias in limits and not stage.may_work_within:
+            raise ConfigError(f"{place}: stages.{alias}.within: it is about the whole pool, expected no within")
         try:
             given = {parameter.split(".")[0] for parameter in stage.external_files()}
         except ConfigError as error:
@@ -506,13 +510,14 @@ def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[s
 
 
 # Which settings of `cluster:` mean something for which step; cpus, gpus, memory_gb and labels do for all.
+STEPS_OF_CLUSTER = ("pool", "download", "select", "train_set", "train", "eval")
 WORKERS_OF = ("pool", "download", "train_set", "train")
 BATCH_SIZE_OF = ("eval",)
 MAX_CONCURRENT_OF = ("train",)
 
 
 def _check_cluster(config: Config, stages: Mapping[str, Stage], place: str) -> None:
-    names = {"pool", "download", "select", "train_set", "train", "eval", *stages}
+    names = {*STEPS_OF_CLUSTER, *stages}
     for name, resources in config.cluster.items():
         if name not in names:
             raise ConfigError(f"{place}: cluster.{name} is no step.{suggestion(name, names)}")

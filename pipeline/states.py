@@ -50,6 +50,10 @@ def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = 
         if step.unavailable:
             found[name] = Status("unavailable", None, step.unavailable)
             continue
+        lost = [other for other in step.inputs.values() if found[other].state == "unavailable"]
+        if lost:
+            found[name] = Status("unavailable", None, f"needs {lost[0]}")
+            continue
         waiting = [other for other in step.inputs.values() if found[other].state != "done"]
         if waiting:
             found[name] = Status("pending", None, f"waits for {waiting[0]}")
@@ -131,7 +135,8 @@ def describe(plan: Plan, wanted: list[str]) -> str:
     rows = []
     for name in names:
         status = statuses[name]
-        rows.append((name, status.state, status.artifact.name if status.artifact else "pending", status.why))
+        artifact_name = status.artifact.name if status.artifact else "-"
+        rows.append((name, status.state, artifact_name, status.why))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows

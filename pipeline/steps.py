@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,16 +41,21 @@ class Plan:
     exclude: Exclusion
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # which run a retry belongs to
 
-    def ancestors(self, names: list[str]) -> list[str]:
+    def ancestors(self, names: Iterable[str]) -> list[str]:
         """The named steps and all that they depend on, in order."""
-        wanted: set[str] = set()
-        stack = list(names)
-        while stack:
-            name = stack.pop()
-            if name not in wanted:
-                wanted.add(name)
-                stack += self.steps[name].inputs.values()
-        return [name for name in self.steps if name in wanted]
+        return ancestors(self.steps, names)
+
+
+def ancestors(steps: Mapping[str, Step], names: Iterable[str]) -> list[str]:
+    """The named steps and all that they depend on, in the order of `steps`."""
+    wanted: set[str] = set()
+    stack = list(names)
+    while stack:
+        name = stack.pop()
+        if name not in wanted:
+            wanted.add(name)
+            stack += steps[name].inputs.values()
+    return [name for name in steps if name in wanted]
 
 
 def reference_role(name: str, role: str) -> str:

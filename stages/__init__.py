@@ -71,4 +71,7 @@ def build_stage(name: str, parameters: Mapping[str, Any], place: str) -> Stage:
         for field in dataclasses.fields(kind)
     }
     checked = validate(pydantic.create_model(kind.__name__, __base__=Model, **fields), dict(parameters), place)
-    return kind(**{field: getattr(checked, field) for field in fields})
+    try:
+        return kind(**{field: getattr(checked, field) for field in fields})
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from error

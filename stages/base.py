@@ -64,6 +64,7 @@ class Stage:
     uses_model: ClassVar[bool] = False  # True: its field `model` names one of the config's `models`
     uses_references: ClassVar[bool] = False  # True: its field `against` names references, and fit_against is its fit
     assets: ClassVar[Mapping[str, str]] = {}  # external file that may be missing -> where to get it, in one line
+    may_work_within: ClassVar[bool] = True  # False: what it finds is only true of the whole pool
     whole_pool: ClassVar[bool] = False  # True: `fit` comes first, and any change of the pool makes all files stale
     batch_size: ClassVar[int] = 256  # rows per process() call where `cluster:` does not say
 

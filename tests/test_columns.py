@@ -345,10 +345,10 @@ def test_the_packaged_language_model_leaves_fasttext_whole():
 
 def test_no_language_model_says_how_to_get_one(monkeypatch):
     monkeypatch.setattr("stages.columns.language.packaged_model", lambda: None)
-    with pytest.raises(ConfigError, match=r"model is empty, expected the path of lid.176.bin .*fasttext.cc"):
+    with pytest.raises(ConfigError, match=r"model is empty, expected the path of a model, .*fasttext.cc"):
         build_stage("language", {}, "").external_files()
-    with pytest.raises(ConfigError, match="model = /nowhere.bin, expected a fastText model file"):
-        build_stage("language", {"model": "/nowhere.bin"}, "").load(LoadContext())
+    text = build_stage("language", {"model": "/nowhere.bin"}, "").unavailable()
+    assert text.startswith("model = /nowhere.bin is not there: lid.176.bin and lid.176.ftz are at https://fasttext.cc")
 
 
 def test_a_language_model_that_is_none_is_one_line(tmp_path):

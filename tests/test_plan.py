@@ -38,6 +38,9 @@ def plan_of(tmp_path, *overrides, path=TINY):
         ("models.scorer={architecture: ViT-B-32, pretrained: opnai}", r"pretrained = opnai, expected a weights file .* Did you mean openai"),
         ("models.scorer={architecture: ViT-B-32, pretrained: /tmp}", r"models\.scorer\.pretrained = /tmp, expected a file that can be read"),
         ("recipes.tiny.model.vision_cfg=5", r"vision_cfg = 5, expected a mapping"),
+        ("stages=[{name: hashes, as: train}]", r"stages\.0\.as = train, expected a name"),
+        ("stages=[hashes, {name: contamination, within: basic}]", r"stages\.contamination\.within: it is about the whole pool"),
+        ("stages=[{name: negclip, text: clip_image}]", r"stages\.0: negclip\.text = clip_image, expected another column"),
         ("cluster.pool={max_concurrent: 2}", r"cluster\.pool\.max_concurrent has no effect"),
         ("cluster.select={workers: 2}", r"cluster\.select\.workers has no effect"),
         ("cluster.klip={gpus: 1}", r"cluster\.klip is no step\. Did you mean clip"),
@@ -74,7 +77,7 @@ def test_the_datacomp_configs_plan_with_metadata_in_place(tmp_path, scale):
     assert "stages.imagenet_words does not run" in missing
     found = states.resolve(plan)
     assert found["clusters"].state == "unavailable"
-    assert found["image_based/selection"].state == "pending"
+    assert found["image_based/selection"].state == "unavailable"
 
 
 def test_the_filtering_network_is_charged_to_what_it_chose(tmp_path):
@@ -103,12 +106,13 @@ def test_a_missing_asset_makes_its_strategies_na_and_no_others(tmp_path):
     plan = plan_of(tmp_path, *overrides)
     outcome = run_here(plan, ["wide/selection", "balanced/selection"])
     assert outcome.statuses["wide/selection"].state == "done"
-    assert outcome.statuses["balanced/selection"].state == "pending"
+    assert outcome.statuses["balanced/selection"].state == "unavailable"
     assert set(outcome.failures) == {"metaclip"}
     assert outcome.failures["metaclip"].startswith(
         f"metadata = {tmp_path}/none.json is not there: metadata.json of http"
     )
-    assert " 1 unavailable" in states.describe(plan, ["balanced/selection"])
+    line = next(one for one in states.describe(plan, ["balanced/selection"]).splitlines() if "balanced" in one)
+    assert line.split() == ["balanced/selection", "unavailable", "-", "needs", "metaclip"]
     (tmp_path / "none.json").write_text('["star"]')
     assert states.resolve(plan_of(tmp_path, *overrides))["metaclip"].state == "todo"
 

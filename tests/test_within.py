@@ -16,9 +16,10 @@ from stages.columns.caption_duplicates import CaptionDuplicates
 from stages.columns.minhash import MinHash
 from stages.columns.semdedup import SemDeDup
 from stages.score_shard import LoadedStage, score_shard
-from stages.selection import choose
+from stages.selection import choose, uids
 from stages.selection.strategies import parse_strategies
 from stages.stage_worker import StageJob, fit, fit_path
+from tests.download_fixture import uid_of, write_table
 from tests.engine_fixture import run_here
 from tests.passes_fixture import passes_here
 from tests.pool_fixture import drawing, write_columns, write_pool
@@ -94,6 +95,43 @@ def test_a_run_scores_within_what_a_strategy_chose(tmp_path):
             assert some[name].to_pylist() == [value if row in rows else None for row, value in enumerate(values)]
         inside += len(rows)
     assert 60 < inside == outcome.statuses["hashes/within"].record["facts"]["kept_rows"] < 80
+
+
+def test_before_a_download_a_stage_works_within_as_well(tmp_path):
+    english, german = "a photo of the red car in the street", "ein rotes Auto steht auf der Straße vor dem Haus"
+    captions = [english if number % 2 else german for number in range(20)]
+    table = write_table(tmp_path / "t.parquet", ["http://example.org/1.jpg"] * 20, caption=captions)
+    plan = plan_of(
+        tmp_path, f"pool={{source: {{path: {table}, caption_column: caption}}, only: first}}", "models={}",
+        "stages=[language, {name: caption_stats, within: english}]", "compare=[first]",
+        "strategies={english: {where: [language == en]}, first: {where: [caption_words > 0]}}",
+    )  # fmt: skip
+    outcome = run_here(plan, ["urls/selection"])
+    assert not outcome.failures
+    assert plan.steps["urls/caption_stats"].inputs["within"] == "urls/caption_stats/within"
+    assert outcome.statuses["urls/selection"].record["facts"]["kept_rows"] == 10
+
+
+def test_what_is_excluded_is_nobodys_copy(tmp_path):
+    """Of two equal captions the one with the lower uid survives, unless it may not be used at all."""
+    captions = ["a photo of one red car in the street"] * 2 + ["two blue birds on a long wire"]
+    table = write_table(tmp_path / "t.parquet", ["http://example.org/1.jpg"] * 3, caption=captions)
+    excluded = tmp_path / "takedown.txt"
+    excluded.write_text(f"{uid_of(1)}\n")
+
+    def kept(*more):
+        plan = plan_of(
+            tmp_path, f"pool={{source: {{path: {table}, caption_column: caption}}, download: false}}", "models={}",
+            "stages=[minhash, caption_duplicates]", "strategies={once: {where: [caption_is_duplicate == false]}}",
+            "compare=[once]", "references={}", *more,
+        )  # fmt: skip
+        outcome = run_here(plan, ["once/selection"])
+        assert not outcome.failures
+        path = outcome.statuses["once/selection"].artifact.path
+        return uids.text(uids.read_subset(f"{path}/uids.npy", "")).to_pylist()
+
+    assert set(kept()) == {uid_of(1), uid_of(2)}
+    assert set(kept(f"exclude.uids={excluded}")) == {uid_of(0), uid_of(2)}
 
 
 def test_another_choice_within_is_another_identity(tmp_path):

