@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.core import exchange
 from pipeline.core.errors import WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages.pool_blocks import Block
+from stages.pool_blocks import Block, num_ok_rows
 from stages.selection import uids
 from stages.selection.strategies import exact_count
 from stages.unit_vectors import GRID, Vectors, concatenate, float32_error, packed, read_vectors, unit, unpacked
@@ -80,7 +80,7 @@ class KMeans:
         There are fewer than num_clusters where the sample has fewer rows. Notes: {sampled, iterations, empty}, the last
         being how many clusters had no row in the last iteration.
         """
-        num_rows = sum(block.rows for block in blocks)
+        num_rows = num_ok_rows(blocks, passes)
         most = self._most_sampled(num_rows)
         highest = min(2**64 - 1, (most << 64) // max(1, num_rows))
         sample = passes.run("sample", write_sample, [(block, self, highest) for block in blocks])

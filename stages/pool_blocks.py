@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.core import storage
+from pipeline.core import exchange, storage
+from pipeline.core.passes import Passes
 from pipeline.core.pool import Shard
 from stages.column_files import Column, chosen_rows, open_columns
 
@@ -80,6 +81,18 @@ class Block:
             return dict(file.schema_arrow.metadata or {})
         finally:
             file.close(force=True)
+
+
+def num_ok_rows(blocks: Sequence[Block], passes: Passes) -> int:
+    """How many rows of the blocks are ok and, where a stage works within a selection, inside it. A pass of its own."""
+    counted = passes.run("ok_rows", write_num_ok_rows, [(block,) for block in blocks])
+    return exchange.read_notes(counted.paths).get("ok_rows", 0)
+
+
+def write_num_ok_rows(block: Block, path: str) -> None:
+    """None; notes how many rows of the block are ok."""
+    ok_rows = sum(pc.sum(table["ok"], min_count=0).as_py() for table in block.tables(["ok"]))
+    exchange.write(path, {}, notes={"ok_rows": ok_rows})
 
 
 def _hidden(name: str, column: pa.ChunkedArray, chosen: np.ndarray) -> pa.ChunkedArray:

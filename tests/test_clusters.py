@@ -58,6 +58,13 @@ def datacomp_rule(vectors, centroids, targets):
     return cluster, [number in hit for number in cluster]
 
 
+def test_only_rows_that_count_decide_how_many_clusters_there_are(tmp_path):
+    vectors = [*near_copies(49, 8, 0)[0], *[None] * 300]  # failed rows; those outside `within` are as these
+    found, facts = run(tmp_path, vectors, ids(349), shards=7, sample=1.0)
+    assert facts["sampled"] == 49
+    assert len(set(found["cluster_id"]) - {None}) == 7
+
+
 def test_given_centroids_and_targets_choose_what_datacomp_chooses(tmp_path):
     rng = np.random.default_rng(0)
     for seed, num_dimensions in enumerate((2, 5, 16)):

@@ -19,7 +19,7 @@ from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
 from stages.kmeans import Centroids, KMeans, Metric, choose_clusters, read_centroids
-from stages.pool_blocks import Block
+from stages.pool_blocks import Block, num_ok_rows
 from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
 from stages.unit_vectors import packed, pieces
 
@@ -45,7 +45,7 @@ class Clusters(Stage):
 
     Args:
         embedding: a column of vectors, of any length other than 0: clip_image or clip_text.
-        clusters: null: the square root of the pool's rows, at most 50,000; DataComp: 100,000.
+        clusters: null: the square root of the ok rows (within), at most 50,000; DataComp: 100,000.
         centroids: a file of centroids [k, d] to use as they are; nothing is trained. .npy, .npz, .safetensors, or .pt
             as DataComp publishes them, which is read without executing what is in it.
         metric: see above.
@@ -119,7 +119,7 @@ class Clusters(Stage):
         if self.centroids:
             centroids = work.run("centroids", write_given, [(self.centroids, self.metric)])
         else:
-            num_clusters = self.clusters or choose_clusters(sum(block.rows for block in blocks))
+            num_clusters = self.clusters or choose_clusters(num_ok_rows(parts, work))
             how = KMeans(self.embedding, num_clusters, self.seed, self.iterations, self.metric, self.sample)
             centroids = how.centroids(parts, work)
             notes = exchange.read_notes(centroids.paths)

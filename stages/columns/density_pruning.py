@@ -67,7 +67,7 @@ class DensityPruning(Stage):
     embedding: str = "clip_image"
     clusters: str = "clusters"
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.8
-    temperature: Annotated[float, Field(gt=0)] = 0.1
+    temperature: Annotated[float, Field(ge=1e-6)] = 0.1
     neighbours: Annotated[int, Field(ge=1)] = 20
 
     version: ClassVar[int] = 1

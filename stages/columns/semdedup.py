@@ -18,7 +18,7 @@ from pipeline.core import exchange
 from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
 from stages.kmeans import Centroids, KMeans, choose_clusters, read_centroids
-from stages.pool_blocks import Block
+from stages.pool_blocks import Block, num_ok_rows
 from stages.selection import uids
 from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
 from stages.unit_vectors import packed, pieces, unit, unpacked
@@ -44,7 +44,7 @@ class SemDeDup(Stage):
 
     Args:
         embedding: a column of vectors, of any length other than 0: clip_image or clip_text.
-        clusters: null: the square root of the pool's rows, at most 50,000.
+        clusters: null: the square root of the ok rows (within), at most 50,000.
         keep: which row of a cluster comes first: hard: the one farthest from the centroid, as published by default;
             easy: the nearest; random: by a hash of uid and seed.
         seed: of the centroids' sample and of the random order.
@@ -79,9 +79,9 @@ class SemDeDup(Stage):
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
         """Counts of clusters and rows; a file of values for each part of the clusters."""
         work = passes.work()
-        num_rows = sum(block.rows for block in blocks)
-        num_clusters = self.clusters or choose_clusters(num_rows)
         parts = pieces(blocks, PIECE_ROWS)
+        num_rows = num_ok_rows(parts, work)
+        num_clusters = self.clusters or choose_clusters(num_rows)
         centroids = KMeans(self.embedding, num_clusters, self.seed, self.iterations).centroids(parts, work)
         num_partitions = min(num_clusters, max(1, -(-num_rows // PARTITION_ROWS)))
         members = work.run(
