@@ -28,7 +28,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
-from benchmarks.embedding_duplicates import vectors, write_pool  # noqa: E402
+from benchmarks.embedding_duplicates import random_pool, vectors  # noqa: E402
+from benchmarks.vector_pool import vector_column  # noqa: E402
 from pipeline.core import exchange, pool  # noqa: E402
 from stages import nearest_neighbours  # noqa: E402
 from stages.columns.d2 import D2, FOUND  # noqa: E402
@@ -42,12 +43,6 @@ from tests.pool_fixture import write_columns  # noqa: E402
 FRACTION = 0.3
 SHIFT = 0.115
 TILE_ROWS = 1000
-
-
-def list_column(rows_ND: np.ndarray) -> pa.Array:
-    """The vectors as a column of lists."""
-    offsets = pa.array(np.arange(len(rows_ND) + 1, dtype=np.int32) * rows_ND.shape[1])
-    return pa.ListArray.from_arrays(offsets, pa.array(rows_ND.reshape(-1)))
 
 
 def ours(pool_path: str, columns: dict, folder: str, exact_rows: int) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -147,11 +142,11 @@ def main() -> int:
     scores = rng.normal(0.2, 0.05, args.rows).astype(np.float32)
     num_kept = int(FRACTION * args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        pool_path = write_pool(folder, args.rows)
+        pool_path = random_pool(folder, args.rows)
         columns = {}
         for name, column in {
-            "clip_image": list_column(images),
-            "clip_text": list_column(texts),
+            "clip_image": vector_column(images),
+            "clip_text": vector_column(texts),
             "clip_score": pa.array(scores),
         }.items():
             columns |= write_columns(folder, pool_path, {name: column})

@@ -25,7 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
-from pipeline.core import artifact, exchange, pool, storage  # noqa: E402
+from benchmarks.vector_pool import vector_column, write_pool  # noqa: E402
+from pipeline.core import exchange, pool, storage  # noqa: E402
 from stages.column_files import Column  # noqa: E402
 from stages.columns.embedding_duplicates import EmbeddingDuplicates  # noqa: E402
 from stages.columns.semdedup import FOUND, SemDeDup  # noqa: E402
@@ -58,20 +59,9 @@ def vectors(num_rows: int, num_dimensions: int) -> tuple[np.ndarray, np.ndarray]
     return found.astype(np.float16), original
 
 
-def write_pool(root: str, num_rows: int) -> str:
+def random_pool(root: str, num_rows: int) -> str:
     """The path of a pool without images."""
-    made = artifact.Artifact(root, "pool", {"rows": num_rows})
-    notes = {}
-    ids = pa.array(random_uids(np.random.default_rng(1), num_rows))
-    for index, start in enumerate(range(0, num_rows, SHARD_ROWS)):
-        part = ids.slice(start, SHARD_ROWS)
-        columns = {field.name: pa.nulls(len(part), field.type) for field in pool.SCHEMA}
-        columns |= {"uid": part, "ok": pa.array(np.ones(len(part), dtype=bool))}
-        table = pa.table(columns, schema=pool.SCHEMA)
-        storage.write_bytes(storage.join(made.path, f"{index:05d}.parquet"), pool.table_bytes(table))
-        notes[f"{index:05d}.parquet"] = {"rows": len(part)}
-    artifact.finish(made, {}, file_notes=notes)
-    return made.path
+    return write_pool(root, pa.array(random_uids(np.random.default_rng(1), num_rows)), SHARD_ROWS)
 
 
 def fitted(pool_path: str, stage, name: str, column: Column, out_path: str) -> tuple[pa.Table, float]:
@@ -134,10 +124,8 @@ def main() -> int:
     rows, original = vectors(args.rows, args.dimensions)
     num_clusters = choose_clusters(args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        pool_path = write_pool(folder, args.rows)
-        offsets = pa.array(np.arange(args.rows + 1, dtype=np.int32) * args.dimensions)
-        column = pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))
-        placed = write_columns(folder, pool_path, {"vector": column})["vector"]
+        pool_path = random_pool(folder, args.rows)
+        placed = write_columns(folder, pool_path, {"vector": vector_column(rows)})["vector"]
         semdedup = SemDeDup(embedding="vector", iterations=ITERATIONS)
         table, semdedup_s = fitted(pool_path, semdedup, FOUND, placed, f"{folder}/semdedup")
         exact = EmbeddingDuplicates(embedding="vector", threshold=THRESHOLD, top_k=TOP_K)

@@ -27,6 +27,7 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
 from benchmarks.duplicates import write_pool  # noqa: E402
+from benchmarks.vector_pool import vector_column  # noqa: E402
 from pipeline.core import pool, storage  # noqa: E402
 
 DIRECTIONS = 2000
@@ -74,8 +75,8 @@ def write_inputs(root: str, num_rows: int, dimensions: int) -> None:
         image = _unit(directions[own] + 0.7 * rng.normal(size=(shard.rows, dimensions)).astype(np.float32))
         text = _unit(image + 0.3 * rng.normal(size=image.shape).astype(np.float32))
         columns = {
-            "clip_image": _vectors(image),
-            "clip_text": _vectors(text),
+            "clip_image": vector_column(image.astype(np.float16)),
+            "clip_text": vector_column(text.astype(np.float16)),
             "clip_score": pa.array((image * text).sum(axis=1)),
             "source": pa.array(np.where(own % 3, "web", "shop")),
         }
@@ -105,11 +106,6 @@ def write_inputs(root: str, num_rows: int, dimensions: int) -> None:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-def _vectors(vectors: np.ndarray) -> pa.Array:
-    offsets = pa.array(np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1])
-    return pa.ListArray.from_arrays(offsets, pa.array(vectors.astype(np.float16).reshape(-1)))
 
 
 def run(root: str, name: str, num_rows: int) -> dict:

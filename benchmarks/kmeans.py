@@ -22,9 +22,9 @@ sys.path[0] = str(ROOT)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
 
-from benchmarks.embedding_duplicates import vectors, write_pool  # noqa: E402
+from benchmarks.embedding_duplicates import random_pool, vectors  # noqa: E402
+from benchmarks.vector_pool import vector_column  # noqa: E402
 from pipeline.core import exchange, pool  # noqa: E402
 from stages.kmeans import KMeans, read_centroids  # noqa: E402
 from stages.pool_blocks import blocks  # noqa: E402
@@ -58,11 +58,8 @@ def main() -> int:
         return faiss.vector_to_array(clustering.centroids).reshape(args.clusters, args.dimensions), took
 
     with tempfile.TemporaryDirectory() as folder:
-        pool_path = write_pool(folder, args.rows)
-        offsets = pa.array(np.arange(args.rows + 1, dtype=np.int32) * args.dimensions)
-        columns = write_columns(
-            folder, pool_path, {"vector": pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))}
-        )
+        pool_path = random_pool(folder, args.rows)
+        columns = write_columns(folder, pool_path, {"vector": vector_column(rows)})
         how = KMeans("vector", args.clusters, 0, args.iterations, "l2", sample=1.0)
         started = time.process_time()
         found = how.centroids(blocks(pool_path, pool.load_shards(pool_path), columns), passes_here(f"{folder}/passes"))

@@ -28,7 +28,8 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import torch  # noqa: E402
 
-from pipeline.core import artifact, exchange, pool, storage  # noqa: E402
+from benchmarks.vector_pool import vector_column, write_pool  # noqa: E402
+from pipeline.core import exchange, pool, storage  # noqa: E402
 from stages.columns.negclip import DEAL_STREAM, FOUND, NegClip  # noqa: E402
 from stages.selection import uids  # noqa: E402
 from stages.stage_worker import StageJob, fit, fit_path  # noqa: E402
@@ -50,30 +51,14 @@ def pairs(num_rows: int, num_dimensions: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16) for rows in (image, text))
 
 
-def write_pool(root: str, ids: pa.Array) -> str:
-    """The path of a pool without images."""
-    made = artifact.Artifact(root, "pool", {"rows": len(ids)})
-    notes = {}
-    for index, start in enumerate(range(0, len(ids), SHARD_ROWS)):
-        part = ids.slice(start, SHARD_ROWS)
-        columns = {field.name: pa.nulls(len(part), field.type) for field in pool.SCHEMA}
-        columns |= {"uid": part, "ok": pa.array(np.ones(len(part), dtype=bool))}
-        table = pa.table(columns, schema=pool.SCHEMA)
-        storage.write_bytes(storage.join(made.path, f"{index:05d}.parquet"), pool.table_bytes(table))
-        notes[f"{index:05d}.parquet"] = {"rows": len(part)}
-    artifact.finish(made, {}, file_notes=notes)
-    return made.path
-
-
 def run_ours(
     folder: str, ids: pa.Array, image: np.ndarray, text: np.ndarray, stage: NegClip
 ) -> tuple[np.ndarray, float]:
     """([n] float32 scores, CPU seconds)."""
-    path = write_pool(folder, ids)
+    path = write_pool(folder, ids, SHARD_ROWS)
     columns = {}
     for name, rows in (("image", image), ("text", text)):
-        offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1])
-        columns |= write_columns(folder, path, {name: pa.ListArray.from_arrays(offsets, pa.array(rows.reshape(-1)))})
+        columns |= write_columns(folder, path, {name: vector_column(rows)})
     job = StageJob(stage, f"{folder}/negclip", columns)
     started = time.process_time()
     fit(path, job, pool.load_shards(path), passes_here(fit_path(job)))

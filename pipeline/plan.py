@@ -67,11 +67,14 @@ def build(config: Config, place: str) -> Plan:
     carried = sources.carried_columns(read.work)
     own_types = {**POOL_TYPES, **carried, **(DOWNLOAD_TYPES if settings else {})}  # of the pool itself
     column_types = dict(own_types)
+    empty: dict[str, str] = {}  # column -> why it has no values
     for alias, stage in stages.items():
         for column, kind in stage_columns(alias, stage).items():
             if column in column_types:
                 raise ConfigError(f"{place}: stages.{alias}: column {column} is there already; use `as:` to prefix it")
             column_types[column] = kind
+        names = dict(zip(stage.adds, stage_columns(alias, stage), strict=True))
+        empty |= {names[column]: f"stages.{alias}: {why}" for column, why in stage.empty_columns().items()}
 
     _check_shares(config, column_types, place)
     definitions = {name: definition or {} for name, definition in config.strategies.items()}
@@ -82,6 +85,9 @@ def build(config: Config, place: str) -> Plan:
         columns=column_types,
     )
 
+    for name in parsed:
+        for column in sorted(algebra.used_columns(parsed, name).intersection(empty)):
+            raise ConfigError(f"{place}: strategies.{name} uses {column}, which has no values: {empty[column]}")
     for alias, strategy in limits.items():
         if strategy not in parsed:
             hint = suggestion(strategy, parsed)

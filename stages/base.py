@@ -80,6 +80,10 @@ class Stage:
         """
         return {}
 
+    def empty_columns(self) -> Mapping[str, str]:
+        """{column of `adds`: why} of those that have no value in any row with these parameters."""
+        return {}
+
     def unavailable(self) -> str:
         """ "" where the stage can run, else one line: which asset is missing here, and where to get it.
 

@@ -14,7 +14,7 @@ goes to the cluster of the lower number.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,10 +82,18 @@ class KMeans:
         """
         num_rows = num_ok_rows(blocks, passes)
         most = self._most_sampled(num_rows)
-        highest = min(2**64 - 1, (most << 64) // max(1, num_rows))
+        highest = highest_hash(most, num_rows)
         sample = passes.run("sample", write_sample, [(block, self, highest) for block in blocks])
+        return self.trained(sample, self._parts(blocks, sample, most / max(1, num_rows)), passes)
+
+    def trained(self, sample: Pass, parts: Sequence[Sequence[str]], passes: Passes) -> Pass:
+        """See centroids.
+
+        Args:
+            sample: files of write_sampled; dropped in the end.
+            parts: these files, in groups that a task assigns.
+        """
         found = passes.run("centroids_000", write_start, [(sample, self)])
-        parts = self._parts(blocks, sample, most / max(1, num_rows))
         for number in range(1, self.iterations + 1):
             sums = passes.run(f"sums_{number:03d}", write_sums, [(paths, found, self.metric) for paths in parts])
             found = passes.run(f"centroids_{number:03d}", write_centroids, [(sums, found, self.metric)])
@@ -121,16 +129,25 @@ def read_centroids(centroids: Pass) -> np.ndarray:
     return np.empty((0, 0), np.float32) if table is None else unpacked(table["centroid"], np.float32)
 
 
+def highest_hash(most: int, num_rows: int) -> int:
+    """The highest hash that a row of a sample of about `most` of all rows has."""
+    return min(2**64 - 1, (most << 64) // max(1, num_rows))
+
+
 def write_sample(block: Block, kmeans: KMeans, highest: int, path: str) -> None:
-    """None; writes (hash, high, low, vector, exponent) of the block's rows with a hash of at most `highest`."""
-    parts, hashes = [], []
-    for vectors in read_vectors(block, kmeans.column):
-        hashed = uids.hash64(vectors.uid, kmeans.seed, SAMPLE_STREAM)
-        wanted = np.flatnonzero(hashed <= np.uint64(highest))
-        parts.append(vectors.take(wanted))
-        hashes.append(hashed[wanted])
-    sample = concatenate(parts)
-    columns = {"hash": np.concatenate(hashes), "high": sample.uid[:, 0], "low": sample.uid[:, 1]}
+    """None; writes the block's rows with a hash of at most `highest`: see write_sampled."""
+    write_sampled(path, read_vectors(block, kmeans.column), kmeans.seed, SAMPLE_STREAM, highest)
+
+
+def write_sampled(path: str, parts: Iterable[Vectors], seed: int, stream: int, highest: int) -> None:
+    """None; writes (row, high, low, hash, vector, exponent) of the rows with a hash of at most `highest`.
+
+    Args:
+        seed, stream: of the hash: see stages.selection.uids.hash64.
+    """
+    wanted = (part.take(uids.hash64(part.uid, seed, stream) <= np.uint64(highest)) for part in parts)
+    sample = concatenate(list(wanted))
+    columns = {**sample.columns(), "hash": uids.hash64(sample.uid, seed, stream)}
     exchange.write(path, {**columns, "vector": packed(sample.vector), "exponent": exponents(sample.vector)})
 
 

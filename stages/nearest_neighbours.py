@@ -24,11 +24,10 @@ import pyarrow as pa
 from pipeline.core import exchange
 from pipeline.core.errors import WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages.kmeans import Centroids, KMeans, exponents, read_centroids, write_centroids, write_start, write_sums
+from stages.kmeans import Centroids, KMeans, highest_hash, read_centroids, write_sampled
 from stages.pool_blocks import Block
-from stages.row_scores import read_scores
-from stages.selection import uids
-from stages.unit_vectors import float32_error, packed, pieces, read_vectors, unit, unpacked
+from stages.row_scores import read_scores, write_scores
+from stages.unit_vectors import Gathered, Vectors, float32_error, packed, pieces, read_vectors, unit, unpacked
 
 SAMPLE_STREAM = 24  # of the seed: see uids.hash64
 EXACT_ROWS = 100_000  # points up to which all pairs are compared
@@ -64,16 +63,10 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Points:
-    """`row` [n] uint64 in the pool, `uid` [n, 2] uint64, `score` [n] float64, `vector` [n, d] float16 as stored."""
+class Points(Vectors):
+    """Rows with a finite `score` [n] float64, and with their vectors as stored, side by side."""
 
-    row: np.ndarray
-    uid: np.ndarray
     score: np.ndarray
-    vector: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.row)
 
 
 def find_neighbours(search: Search, blocks: Sequence[Block], work: Passes) -> tuple[Pass, Pass, dict[str, int]]:
@@ -85,7 +78,7 @@ def find_neighbours(search: Search, blocks: Sequence[Block], work: Passes) -> tu
     """
     parts = pieces(blocks, PIECE_ROWS)
     points = work.run("points", write_points, [(block, search) for block in parts])
-    num_points = exchange.read_notes(points.paths)["points"]
+    num_points = exchange.read_notes(points.paths)["rows"]
     num_partitions = num_shares = num_clusters = 1
     facts, centroids = {"sampled": 0}, None
     if num_points > EXACT_ROWS:
@@ -109,17 +102,9 @@ def find_neighbours(search: Search, blocks: Sequence[Block], work: Passes) -> tu
 def find_centroids(search: Search, parts: Sequence[Block], num_points: int, num_clusters: int, work: Passes) -> Pass:
     """The pass of one file with the centroids of a sample of the points: see stages.kmeans.read_centroids."""
     kmeans = KMeans(", ".join(search.columns), num_clusters, search.seed, ITERATIONS)
-    highest = min(2**64 - 1, (min(MOST_SAMPLED, ROWS_A_CLUSTER * num_clusters) << 64) // num_points)
+    highest = highest_hash(min(MOST_SAMPLED, ROWS_A_CLUSTER * num_clusters), num_points)
     sample = work.run("sample", write_sample, [(block, search, highest) for block in parts])
-    found = work.run("centroids_000", write_start, [(sample, kmeans)])
-    for number in range(1, ITERATIONS + 1):
-        sums = work.run(f"sums_{number:03d}", write_sums, [(sample.paths, found, "cosine")])
-        found = work.run(f"centroids_{number:03d}", write_centroids, [(sums, found, "cosine")])
-        work.drop(sums)
-        if not exchange.read_notes(found.paths)["changed"]:
-            break
-    work.drop(sample)
-    return found
+    return kmeans.trained(sample, [sample.paths], work)
 
 
 def choose_clusters(num_points: int, probes: int) -> int:
@@ -143,7 +128,7 @@ def read_points(block: Block, search: Search) -> Iterator[Points]:
                 listed = ", ".join(f"{column} {length}" for column, length in lengths.items())
                 raise WinnowError(f"pool {block.pool_path}: vectors of lengths {listed}, expected one length")
         vector = np.concatenate(found, axis=1) if len(row) else np.empty((0, 0), np.float16)
-        yield Points(row, scores.uid[places], scores.score[places], vector)
+        yield Points(row, scores.uid[places], vector, scores.score[places])
 
 
 def point_vectors(vectors: np.ndarray, num_columns: int) -> np.ndarray:
@@ -157,24 +142,12 @@ def point_vectors(vectors: np.ndarray, num_columns: int) -> np.ndarray:
 
 def write_points(block: Block, search: Search, path: str) -> None:
     """None; writes (row, high, low, score) of the block's points."""
-    parts = list(read_points(block, search))
-    uid = np.concatenate([part.uid for part in parts])
-    row, score = (np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "score"))
-    exchange.write(path, {"row": row, "high": uid[:, 0], "low": uid[:, 1], "score": score}, notes={"points": len(row)})
+    write_scores(path, read_points(block, search))
 
 
 def write_sample(block: Block, search: Search, highest: int, path: str) -> None:
-    """None; writes (hash, high, low, vector, exponent) of the block's points with a hash of at most `highest`."""
-    tables = []
-    for points in read_points(block, search):
-        hashed = uids.hash64(points.uid, search.seed, SAMPLE_STREAM)
-        wanted = np.flatnonzero(hashed <= np.uint64(highest))
-        if len(wanted):
-            columns = {"hash": hashed[wanted], "high": points.uid[wanted, 0], "low": points.uid[wanted, 1]}
-            vectors = points.vector[wanted]
-            tables.append(pa.table({**columns, "vector": packed(vectors), "exponent": exponents(vectors)}))
-    table = pa.concat_tables(tables) if tables else pa.table({})
-    exchange.write(path, {name: table[name] for name in table.column_names})
+    """None; writes the block's points with a hash of at most `highest`: see stages.kmeans.write_sampled."""
+    write_sampled(path, read_points(block, search), search.seed, SAMPLE_STREAM, highest)
 
 
 def write_dealt(block: Block, search: Search, centroids: Pass | None, num_partitions: int, path: str) -> None:
@@ -203,9 +176,9 @@ def write_dealt(block: Block, search: Search, centroids: Pass | None, num_partit
             wanted = np.arange(len(points))[:, None] * len(centres) + partition_of[clusters]
             place, partition = np.divmod(np.unique(wanted), len(centres))
             clusters = np.where(partition_of[clusters[place]] == partition[:, None], clusters[place], -1)
-        columns = {"row": points.row[place], "high": points.uid[place, 0], "low": points.uid[place, 1]}
-        vectors = packed(points.vector[place])
-        tables.append(pa.table({**columns, "clusters": packed(clusters.astype(np.int32)), "vector": vectors}))
+        own = points.take(place)
+        vectors = {"clusters": packed(clusters.astype(np.int32)), "vector": packed(own.vector)}
+        tables.append(pa.table({**own.columns(), **vectors}))
         partitions.append(partition)
     table = pa.concat_tables(tables) if tables else pa.table({})
     columns = {name: table[name] for name in table.column_names}
@@ -331,10 +304,14 @@ class _Best:
         """{row, other, cosine, high, low}, by row, the nearest first."""
         whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
         order = np.lexsort((whole["low"], whole["high"], -whole["cosine"], whole["row"]))
-        row = whole["row"][order]
-        starts = np.flatnonzero(np.diff(row, prepend=~row[:1]))
-        in_run = np.arange(len(row)) - np.repeat(starts, np.diff(starts, append=len(row)))
-        return {name: values[order[in_run < self._num]] for name, values in whole.items()}
+        kept = order[place_in_run(whole["row"][order]) < self._num]
+        return {name: values[kept] for name, values in whole.items()}
+
+
+def place_in_run(values: np.ndarray) -> np.ndarray:
+    """[n] int64: how many equal values come right before each one."""
+    starts = np.flatnonzero(np.diff(values, prepend=~values[:1]))
+    return np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
 
 
 def write_nearest(near: Pass, number: int, search: Search, path: str) -> None:
@@ -345,20 +322,3 @@ def write_nearest(near: Pass, number: int, search: Search, path: str) -> None:
         best.add(*(table[name].to_numpy() for name in ("row", "other", "cosine", "high", "low")))
     columns = best.taken()
     exchange.write(path, {name: columns[name] for name in ("row", "other", "cosine")})
-
-
-class Gathered:
-    """Vectors in several arrays, mapped from files, as if in one."""
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = parts
-        self._starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """[n, d] the vectors at these places."""
-        found = np.empty((len(places), self._parts[0].shape[1]), self._parts[0].dtype)
-        where = np.searchsorted(self._starts, places, side="right") - 1
-        for number in np.unique(where):
-            own = np.flatnonzero(where == number)
-            found[own] = self._parts[number][places[own] - self._starts[number]]
-        return found

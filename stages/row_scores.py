@@ -1,13 +1,14 @@
-"""A numeric column of a pool's rows, as passes over the whole pool read it."""
+"""A numeric column of a pool's rows, as passes over the whole pool read it; the types that stages ask of columns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.core import exchange
 from pipeline.core.errors import ConfigError, WinnowError
 from stages.pool_blocks import Block
 from stages.selection import uids
@@ -29,6 +30,18 @@ class Scores:
     row: np.ndarray
     uid: np.ndarray
     score: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def write_scores(path: str, parts: Iterable[Scores]) -> None:
+    """None; writes (row, high, low, score); its notes count the `rows`."""
+    row, uid, score = (
+        np.concatenate(values) for values in zip(*((part.row, part.uid, part.score) for part in parts), strict=True)
+    )
+    columns = {"row": row, "high": uid[:, 0], "low": uid[:, 1], "score": score}
+    exchange.write(path, columns, notes={"rows": len(row)})
 
 
 def read_scores(block: Block, column: str) -> Iterator[Scores]:

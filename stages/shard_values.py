@@ -7,15 +7,17 @@ that shard's rows out of every file. The shards' names, in their order, are in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.core import exchange, storage
-from stages.base import FACTS, Batch
+from stages.base import FACTS, Batch, LoadContext, Stage
 from stages.pool_blocks import Block
 
+FOUND = "found"  # the name of most passes that write these rows
 SHARDS = "shards"  # the fact under which ShardValues finds the shards' names
 
 
@@ -81,3 +83,28 @@ class ShardValues:
         there = row[places] == batch.rows if len(row) else np.zeros(len(batch), dtype=bool)
         wanted = pa.array(places, mask=~there)
         return {name: self._table[name].take(wanted) for name in self._none.column_names if name != "row"}
+
+
+@dataclass(frozen=True)
+class FittedStage(Stage):
+    """A stage of the whole pool whose fit finds the values of all rows; process() hands them out.
+
+    `found_types` are the columns that the pass `found_in` wrote with write_by_shard, in the order of `adds`.
+    """
+
+    reads: ClassVar[str] = "columns"
+    whole_pool: ClassVar[bool] = True
+    batch_size: ClassVar[int] = 4096
+    found_types: ClassVar[Mapping[str, pa.DataType]]
+    found_in: ClassVar[str] = FOUND
+
+    @property
+    def needs_in_process(self) -> tuple[str, ...]:
+        return ()
+
+    def load(self, context: LoadContext) -> Any:
+        """Reads the values of a shard's rows."""
+        return ShardValues(context.fit_path or "", self.found_in, self.found_types)
+
+    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
+        return dict(zip(self.adds, state.of(batch).values(), strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,6 @@ def task_device() -> Any:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def tile_rows(device: Any, rows: Mapping[str, int]) -> int:
-    """Of {device's type: rows}, what holds for this one."""
-    return rows[device.type]
 
 
 def narrow(vectors: np.ndarray, device: Any) -> Any:

@@ -64,6 +64,10 @@ class Vectors:
         """The rows at these places."""
         return Vectors(self.row[places], self.uid[places], self.vector[places])
 
+    def columns(self) -> dict[str, np.ndarray]:
+        """(row, high, low): the rows' numbers and uids as pipeline.core.exchange takes them."""
+        return {"row": self.row, "high": self.uid[:, 0], "low": self.uid[:, 1]}
+
 
 def concatenate(parts: Sequence[Vectors]) -> Vectors:
     """All rows of the parts; of no dimension where there is none. Raises WinnowError where vectors differ in length."""
@@ -144,3 +148,20 @@ def unpacked(column: pa.ChunkedArray, dtype: type = np.float16) -> np.ndarray:
     width = array.type.byte_width
     data = np.frombuffer(array.buffers()[1], np.uint8, len(array) * width, array.offset * width)
     return data.view(dtype).reshape(len(array), -1)
+
+
+class Gathered:
+    """Vectors in several arrays, mapped from files, as if in one."""
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """[n, d] the vectors at these places."""
+        found = np.empty((len(places), self._parts[0].shape[1]), self._parts[0].dtype)
+        where = np.searchsorted(self._starts, places, side="right") - 1
+        for number in np.unique(where):
+            own = np.flatnonzero(where == number)
+            found[own] = self._parts[number][places[own] - self._starts[number]]
+        return found

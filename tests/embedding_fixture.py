@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from tests.pool_fixture import drawing, write_columns, write_pool
+from pipeline.core import pool
+from stages.stage_worker import Reference
+from tests.pool_fixture import drawing, even_shards, scattered_uids, write_columns, write_pool
 
-IMAGE = drawing(1)
+IMAGE = drawing(1, 8, 6)
 
 
 def vector_pool(folder, vectors: Sequence, ids: Sequence[str], shards: int):
@@ -19,11 +20,23 @@ def vector_pool(folder, vectors: Sequence, ids: Sequence[str], shards: int):
         {"image": None if vector is None else IMAGE, "caption": "a", "uid": uid}
         for vector, uid in zip(vectors, ids, strict=True)
     ]
-    bounds = np.linspace(0, len(rows), min(shards, len(rows)) + 1).astype(int)
-    path = write_pool(folder / "root", [rows[start:end] for start, end in itertools.pairwise(bounds)])
+    path = write_pool(folder / "root", even_shards(rows, shards))
+    return path, write_columns(folder / "root", path, {"vector": vector_column(vectors)})
+
+
+def vector_column(vectors: Sequence) -> pa.Array:
+    """A column float16[] of these vectors; null for None."""
     lists = [None if vector is None else np.asarray(vector, np.float16) for vector in vectors]
-    column = pa.array(lists, type=pa.list_(pa.float16()))
-    return path, write_columns(folder / "root", path, {"vector": column})
+    return pa.array(lists, type=pa.list_(pa.float16()))
+
+
+def vector_references(folder, vectors: Mapping[str, Sequence]) -> dict[str, Reference]:
+    """References of these names, pools of two shards with these vectors in the column `vector`."""
+    found = {}
+    for name, own in vectors.items():
+        path, columns = vector_pool(folder / name, own, scattered_uids(len(own)), 2)
+        found[name] = Reference(path, pool.load_shards(path), columns)
+    return found
 
 
 def near_copies(num: int, num_dimensions: int, seed: int, noise: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

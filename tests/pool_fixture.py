@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -58,16 +60,21 @@ def _row(tar: TarWriter, number: int, entry: Mapping[str, Any]) -> dict[str, Any
     key = f"{number:011d}"
     row = {"key": key, "uid": f"{number:032x}", "caption": entry["caption"], "ok": False, "error": "undecodable"}
     if entry["image"] is not None:
-        image = images.open_image(entry["image"])
-        extension = images.FORMATS[image.format]
-        row |= {"ok": True, "error": None, "image_format": extension, "image_size_bytes": len(entry["image"])}
-        row |= dict(zip(("width_px", "height_px"), image.size, strict=True))
-        row |= dict(zip(("original_width_px", "original_height_px"), image.size, strict=True))
-        row["sha256"] = hashlib.sha256(entry["image"]).hexdigest()
-        row["image_offset_bytes"] = tar.add(f"{key}.{extension}", entry["image"])
+        row |= {"ok": True, "error": None, **_image_columns(entry["image"])}
+        row["image_offset_bytes"] = tar.add(f"{key}.{row['image_format']}", entry["image"])
         tar.add(f"{key}.txt", entry["caption"].encode())
         tar.add(f"{key}.json", json.dumps({"uid": row["uid"]}).encode())
     return row | {name: value for name, value in entry.items() if name != "image"}
+
+
+@functools.lru_cache(maxsize=16)
+def _image_columns(data: bytes) -> dict[str, Any]:
+    """What a row says of its image; many pools here have the same one in every row."""
+    image = images.open_image(data)
+    sizes = dict(zip(("width_px", "height_px"), image.size, strict=True))
+    sizes |= dict(zip(("original_width_px", "original_height_px"), image.size, strict=True))
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {"image_format": images.FORMATS[image.format], "image_size_bytes": len(data), "sha256": sha256, **sizes}
 
 
 def write_columns(root: str | pathlib.Path, pool_path: str, columns: Mapping[str, pa.Array]) -> dict[str, Column]:
@@ -80,6 +87,17 @@ def write_columns(root: str | pathlib.Path, pool_path: str, columns: Mapping[str
         storage.write_bytes(storage.join(path, f"{shard.name}.parquet"), data)
         start += shard.rows
     return {name: Column(path, name) for name in columns}
+
+
+def even_shards(rows: Sequence[Any], num: int) -> list[Sequence[Any]]:
+    """The rows in so many parts of about the same size, in their order."""
+    bounds = np.linspace(0, len(rows), min(num, len(rows)) + 1).astype(int)
+    return [rows[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def scattered_uids(num: int) -> list[str]:
+    """Different uids of 32 hex digits whose order is not that of their numbers."""
+    return [f"{number * 104729 % 1000003:032x}" for number in range(num)]
 
 
 def random_uids(rng: np.random.Generator, num: int) -> list[str]:

@@ -16,10 +16,10 @@ from stages import build_stage
 from stages.base import LoadContext
 from stages.columns.caption_classifier import CaptionClassifier, predicted, read_sets, write_model
 from tests.duplicates_fixture import run_stage
+from tests.golden_fixture import read_golden
 from tests.pool_fixture import drawing, write_pool
 
 IMAGE = drawing(1)
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 THINGS = {
     "animals": ["dog", "cat", "horse", "cow", "sheep", "goat", "duck", "goose", "mouse", "hen"],
     "vehicles": ["car", "bus", "truck", "train", "tram", "ship", "boat", "plane", "bike", "van"],
@@ -145,7 +145,7 @@ def test_golden_scores(sets, tmp_path):
         "classes": [row["caption_class"] for row in rows],
         "scores": [round(row["caption_class_score"], 3) for row in rows],
     }
-    recorded = json.loads((GOLDEN / "caption_classifier.json").read_text())
+    recorded = read_golden("caption_classifier")
     message = f"bump caption_classifier's version, record {json.dumps(found)}"
     assert (recorded["version"], recorded["classes"]) == (CaptionClassifier.version, found["classes"]), message
     assert found["scores"] == pytest.approx(recorded["scores"], abs=0.01), message  # last bits depend on the processor

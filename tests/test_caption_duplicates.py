@@ -16,7 +16,7 @@ from stages.duplicates.bands import band_keys, choose_bands, found_probability
 from stages.duplicates.shingles import Shingling, python_shingles
 from stages.duplicates.signatures import signatures
 from tests.duplicates_fixture import run_stage
-from tests.pool_fixture import drawing, random_uids, write_pool
+from tests.pool_fixture import drawing, even_shards, random_uids, write_pool
 
 IMAGE = drawing(1)
 
@@ -65,8 +65,7 @@ def run(folder, captions, shards=3, uids=None, minhash=None, keep_column=None, *
     if keep_column is not None:
         for row, value in zip(rows, keep_column, strict=True):
             row["original_width_px"] = value
-    bounds = np.linspace(0, len(rows), min(shards, len(rows)) + 1).astype(int)
-    path = write_pool(folder / "root", [rows[start:end] for start, end in itertools.pairwise(bounds)])
+    path = write_pool(folder / "root", even_shards(rows, shards))
     columns, _, _ = run_stage(path, folder / "minhash", build_stage("minhash", minhash or {}, ""))
     stage = build_stage("caption_duplicates", parameters, "")
     _, found, facts = run_stage(path, folder / "duplicates", stage, columns)

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from stages import build_stage
 from stages.columns import caption_frequency
+from stages.columns.caption_frequency import CaptionFrequency
 from stages.duplicates import equal_keys
-from tests.duplicates_fixture import run_stage
-from tests.pool_fixture import drawing, write_pool
+from tests.duplicates_fixture import fit_in_two, run_stage
+from tests.pool_fixture import drawing, even_shards, scattered_uids, write_pool
 
 IMAGE = drawing(1)
 
 
-def run(folder, captions, shards=3):
-    """(count of each caption, facts); a caption of None is that of a failed row."""
+def written(folder, captions, shards=3):
+    """The path of a pool; a caption of None is that of a failed row."""
     rows = [
-        {"image": IMAGE, "caption": text, "uid": hashlib.md5(b"%d" % at).hexdigest()}
-        for at, text in enumerate(captions)
+        {"image": IMAGE if text is not None else None, "caption": "image" if text is None else text, "uid": uid}
+        for text, uid in zip(captions, scattered_uids(len(captions)), strict=True)
     ]
-    for row in rows:
-        if row["caption"] is None:
-            row |= {"image": None, "caption": "image"}
-    size = -(-len(rows) // shards) if rows else 1
-    path = write_pool(folder, [rows[start : start + size] for start in range(0, len(rows), size)])
-    _, found, facts = run_stage(path, folder / "out", build_stage("caption_frequency", {}, ""))
+    return write_pool(folder, even_shards(rows, shards))
+
+
+def run(folder, captions, shards=3):
+    """(count of each caption, facts)."""
+    _, found, facts = run_stage(written(folder, captions, shards), folder / "out", CaptionFrequency())
     return [row["caption_count"] for row in found], facts
 
 
@@ -90,19 +89,10 @@ def test_small_pools(tmp_path, captions):
     assert run(tmp_path, captions, shards=2)[0] == counted(captions)[0]
 
 
-def test_a_resumed_fit_goes_on_from_its_files(tmp_path, monkeypatch):
+def test_a_resumed_fit_goes_on_from_its_files(tmp_path):
     captions = some_captions(60)
-    whole, facts = run(tmp_path / "a", captions)
-    original = caption_frequency.write_counts
-
-    def failing(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(caption_frequency, "write_counts", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", captions)
-    monkeypatch.setattr(caption_frequency, "write_counts", original)
-    monkeypatch.setattr(caption_frequency, "write_keys", None)  # must not be called again
-    monkeypatch.setattr(caption_frequency, "write_totals", None)
-    assert run(tmp_path / "b", captions) == (whole, facts)
-    assert not (tmp_path / "b" / "out" / "fit" / "work").exists()
+    path = written(tmp_path, captions)
+    assert fit_in_two(path, tmp_path / "out", CaptionFrequency(), {}, "counts") == ["counts"]
+    _, rows, _ = run_stage(path, tmp_path / "out", CaptionFrequency())
+    assert [row["caption_count"] for row in rows] == counted(captions)[0]
+    assert not (tmp_path / "out" / "fit" / "work").exists()

@@ -9,36 +9,21 @@ import torch
 from pipeline.core import pool
 from pipeline.core.errors import ConfigError, WinnowError
 from stages import kmeans
-from stages.base import LoadContext
 from stages.columns import clusters
 from stages.columns.clusters import Clusters
 from stages.pool_blocks import blocks
-from stages.score_shard import LoadedStage, score_shard
-from stages.stage_worker import Reference, StageJob, fit, fit_path
-from tests.embedding_fixture import near_copies, vector_pool
+from tests.duplicates_fixture import run_stage
+from tests.embedding_fixture import near_copies, vector_pool, vector_references
 from tests.passes_fixture import passes_here
-
-
-def ids(num: int) -> list[str]:
-    """uids whose order is not that of their numbers."""
-    return [f"{number * 104729 % 1000003:032x}" for number in range(num)]
+from tests.pool_fixture import scattered_uids
 
 
 def run(folder, vectors, names, shards=2, references=None, **parameters):
     """({column: values in the rows' order}, facts of the fit)."""
     path, columns = vector_pool(folder, vectors, names, shards)
-    others = {}
-    for name, rows in (references or {}).items():
-        other, own = vector_pool(folder / name, rows, ids(len(rows)), 2)
-        others[name] = Reference(other, pool.load_shards(other), own)
+    others = vector_references(folder, references or {})
     stage = Clusters(embedding="vector", against=tuple(others), **parameters)
-    job = StageJob(stage, str(folder / "out"), columns, references=others)
-    facts = fit(path, job, pool.load_shards(path), passes_here(fit_path(job)))
-    entry = LoadedStage(stage, stage.load(LoadContext(fit_path=fit_path(job))), job.out_path, None, job.columns)
-    rows = []
-    for shard in pool.load_shards(path):
-        score_shard(path, shard, [entry])
-        rows += pool.read_table(f"{job.out_path}/{shard.name}.parquet").to_pylist()
+    _, rows, facts = run_stage(path, folder / "out", stage, columns, others)
     return {name: [row[name] for row in rows] for name in Clusters.adds}, facts
 
 
@@ -60,8 +45,8 @@ def datacomp_rule(vectors, centroids, targets):
 
 def test_only_rows_that_count_decide_how_many_clusters_there_are(tmp_path):
     vectors = [*near_copies(49, 8, 0)[0], *[None] * 300]  # failed rows; those outside `within` are as these
-    found, facts = run(tmp_path, vectors, ids(349), shards=7, sample=1.0)
-    assert facts["sampled"] == 49
+    found, facts = run(tmp_path, vectors, scattered_uids(349), shards=7, sample=1.0)
+    assert facts["training"]["sampled"] == 49
     assert len(set(found["cluster_id"]) - {None}) == 7
 
 
@@ -79,7 +64,11 @@ def test_given_centroids_and_targets_choose_what_datacomp_chooses(tmp_path):
         torch.save({"image_features": targets[4:]}, folder / "in1k_1.pt")
         files = (str(folder / "in1k_0.pt"), str(folder / "in1k_1.pt"))
         found, facts = run(
-            folder, vectors, ids(120), centroids=str(folder / "small_centroids_l14.pt"), target_features=files
+            folder,
+            vectors,
+            scattered_uids(120),
+            centroids=str(folder / "small_centroids_l14.pt"),
+            target_features=files,
         )
         cluster, kept = datacomp_rule(vectors, centroids, targets)
         assert found["cluster_id"] == cluster
@@ -100,8 +89,8 @@ def test_trained_centroids_are_those_of_kmeans_and_references_are_targets(metric
     reference = list(np.random.default_rng(2).normal(size=(7, 12)).astype(np.float16))
     reference[5] = None
     parameters = {"clusters": 15, "metric": metric, "iterations": 4, "seed": 3}
-    found, facts = run(tmp_path, vectors, ids(200), references={"trusted": reference}, **parameters)
-    path, columns = vector_pool(tmp_path / "again", vectors, ids(200), 1)
+    found, facts = run(tmp_path, vectors, scattered_uids(200), references={"trusted": reference}, **parameters)
+    path, columns = vector_pool(tmp_path / "again", vectors, scattered_uids(200), 1)
     passes = passes_here(tmp_path / "passes")
     whole = blocks(path, pool.load_shards(path), columns)
     centroids = kmeans.read_centroids(kmeans.KMeans("vector", 15, 3, 4, metric).centroids(whole, passes))
@@ -119,11 +108,13 @@ def test_trained_centroids_are_those_of_kmeans_and_references_are_targets(metric
 def test_order_and_shards_change_nothing(tmp_path, monkeypatch):
     vectors, _ = near_copies(150, 8, seed=5)
     reference = np.random.default_rng(2).normal(size=(20, 8)).astype(np.float16)
-    first, facts = run(tmp_path / "a", vectors, ids(150), references={"r": reference}, clusters=11, iterations=5)
+    first, facts = run(
+        tmp_path / "a", vectors, scattered_uids(150), references={"r": reference}, clusters=11, iterations=5
+    )
     order = np.random.default_rng(0).permutation(150)
     monkeypatch.setattr(clusters, "PIECE_ROWS", 30)
     monkeypatch.setattr(kmeans, "PART_ROWS", 20)
-    moved = [ids(150)[at] for at in order]
+    moved = [scattered_uids(150)[at] for at in order]
     again, other = run(
         tmp_path / "b", vectors[order], moved, 7, references={"r": reference[::-1]}, clusters=11, iterations=5
     )
@@ -135,16 +126,16 @@ def test_order_and_shards_change_nothing(tmp_path, monkeypatch):
 def test_without_targets_and_without_vectors_columns_are_null(tmp_path):
     vectors = list(np.random.default_rng(0).normal(size=(6, 4)).astype(np.float16))
     vectors[1], vectors[4] = None, np.zeros(4, np.float16)
-    found, facts = run(tmp_path / "a", vectors, ids(6), clusters=2)
+    found, facts = run(tmp_path / "a", vectors, scattered_uids(6), clusters=2)
     assert found["cluster_targets"] == [None] * 6
     for name in ("cluster_id", "cluster_similarity", "cluster_rows"):
         assert [value is None for value in found[name]] == [at in (1, 4) for at in range(6)]
     assert facts["rows_with_vectors"] == 4
     assert "targets" not in facts
-    found, facts = run(tmp_path / "b", [None, np.zeros(4)], ids(2), references={"r": vectors})
+    found, facts = run(tmp_path / "b", [None, np.zeros(4)], scattered_uids(2), references={"r": vectors})
     assert found == {name: [None, None] for name in Clusters.adds}
     assert facts["clusters"] == 0
-    found, _ = run(tmp_path / "c", vectors[:1], ids(1))
+    found, _ = run(tmp_path / "c", vectors[:1], scattered_uids(1))
     assert (found["cluster_id"], found["cluster_rows"]) == ([0], [1])
 
 
@@ -152,16 +143,16 @@ def test_what_does_not_fit_is_named(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float16)
     np.save(tmp_path / "five.npy", np.ones((3, 5), np.float32))
     with pytest.raises(WinnowError, match="vectors of 4 values and centroids of 5"):
-        run(tmp_path / "a", vectors, ids(6), centroids=str(tmp_path / "five.npy"))
+        run(tmp_path / "a", vectors, scattered_uids(6), centroids=str(tmp_path / "five.npy"))
     with pytest.raises(WinnowError, match=r"five.npy: vectors of 5 values, expected 4 as centroids have"):
-        run(tmp_path / "b", vectors, ids(6), target_features=(str(tmp_path / "five.npy"),))
+        run(tmp_path / "b", vectors, scattered_uids(6), target_features=(str(tmp_path / "five.npy"),))
     np.save(tmp_path / "zero.npy", np.array([[1, 0, 0, 0], [0, 0, 0, 0]], np.float32))
     with pytest.raises(WinnowError, match=r"zero.npy: a centroid of length 0, expected none with metric: cosine"):
-        run(tmp_path / "d", vectors, ids(6), centroids=str(tmp_path / "zero.npy"), metric="cosine")
-    found, _ = run(tmp_path / "e", vectors, ids(6), centroids=str(tmp_path / "zero.npy"))
+        run(tmp_path / "d", vectors, scattered_uids(6), centroids=str(tmp_path / "zero.npy"), metric="cosine")
+    found, _ = run(tmp_path / "e", vectors, scattered_uids(6), centroids=str(tmp_path / "zero.npy"))
     assert found["cluster_id"] == [0 if vector[0] >= 0 else 1 for vector in vectors]
     with pytest.raises(WinnowError, match="no target has a vector"):
-        run(tmp_path / "c", vectors, ids(6), references={"r": [np.zeros(4), None]})
+        run(tmp_path / "c", vectors, scattered_uids(6), references={"r": [np.zeros(4), None]})
     for parameters, message in (
         ({"clusters": 5}, "clusters.clusters = 5, expected nothing, as centroids are given"),
         ({"sample": 0.5}, "clusters.sample = 0.5, expected nothing"),

@@ -28,10 +28,10 @@ from stages.columns.hashes import image_phash
 from stages.score_shard import LoadedStage
 from stages.stage_worker import StageJob, fit, fit_path
 from tests.duplicates_fixture import run_stage
+from tests.golden_fixture import check_golden, read_golden
 from tests.passes_fixture import passes_here
 from tests.pool_fixture import drawing, write_columns, write_pool
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 CAPTIONS = [
     "two red stars painted on a plain wall near the harbour",
     "ein Hund läuft über die grüne Wiese hinter dem Haus",
@@ -472,8 +472,6 @@ def owners(stage):
 
 @pytest.mark.parametrize("name", sorted(set(bare_stages()) - {"contamination", "language_cld3", "normsim"}))
 def test_golden_outputs(pool_path, tmp_path, name):
-    """Outputs are those recorded for this version. After a change that is meant: bump the stage's `version` and write
-    the new digest, which the failure shows."""
     stage = build_stage(name, {}, name)
     vectors = np.random.default_rng(0).normal(size=(24, 8))
     vectors[20:] = vectors[10:14]
@@ -491,15 +489,13 @@ def test_golden_outputs(pool_path, tmp_path, name):
             if isinstance(value, float):  # the last bits of fastText's probabilities depend on the processor
                 row[column] = None if math.isnan(value) else round(value, 3)
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    recorded = json.loads((GOLDEN / f"{name}.json").read_text())
-    current = {"version": stage.version, "sha256": digest}
-    assert current == recorded, f"outputs of {name} changed: bump its version and record {json.dumps(current)}"
+    check_golden(name, {"version": stage.version, "sha256": digest})
 
 
 def test_golden_clip_scores(pool_path, model_folder, tmp_path):
     stage = build_stage("clip", {"model": "tiny"}, "clip")
     _, tables = score(pool_path, tmp_path, {"clip": stage}, model={"folder": model_folder})
-    recorded = json.loads((GOLDEN / "clip.json").read_text())
+    recorded = read_golden("clip")
     found = [None if score is None else round(score, 4) for score in tables["clip"]["clip_score"].to_pylist()]
     assert recorded["version"] == stage.version
     assert found == pytest.approx(recorded["scores"], abs=2e-4), f"scores changed: bump clip's version, record {found}"

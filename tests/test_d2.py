@@ -11,18 +11,21 @@ import pytest
 from pipeline.core.errors import ConfigError, WinnowError
 from stages import build_stage, nearest_neighbours, unit_vectors
 from stages.columns.d2 import D2
-from tests.duplicates_fixture import run_stage
-from tests.embedding_fixture import near_copies, vector_pool
+from tests.duplicates_fixture import fit_in_two, run_stage
+from tests.embedding_fixture import near_copies, vector_column, vector_pool
 from tests.pool_fixture import write_columns
+
+
+def written(folder, images, texts, scores, ids, shards=3):
+    """(pool path, columns)."""
+    path, columns = vector_pool(folder, images, ids, shards)
+    columns = {"image": columns["vector"], **write_columns(folder, path, {"text": vector_column(texts)})}
+    return path, columns | write_columns(folder, path, {"clip_score": pa.array(scores, type=pa.float32())})
 
 
 def run(folder, images, texts, scores, ids, shards=3, embeddings=("image", "text"), **parameters):
     """(d2_score of each row, facts)."""
-    path, columns = vector_pool(folder, images, ids, shards)
-    columns = {"image": columns["vector"]}
-    lists = [None if vector is None else np.asarray(vector, np.float16) for vector in texts]
-    columns |= write_columns(folder, path, {"text": pa.array(lists, type=pa.list_(pa.float16()))})
-    columns |= write_columns(folder, path, {"clip_score": pa.array(scores, type=pa.float32())})
+    path, columns = written(folder, images, texts, scores, ids, shards)
     _, rows, facts = run_stage(path, folder / "out", D2(embeddings=embeddings, **parameters), columns)
     return [row["d2_score"] for row in rows], facts
 
@@ -200,20 +203,12 @@ def test_a_resumed_fit_gives_the_same(tmp_path, monkeypatch):
     images, texts, scores, ids = pool_of(80, seed=8)
     monkeypatch.setattr(nearest_neighbours, "EXACT_ROWS", 0)
     first, _ = run(tmp_path / "a", images, texts, scores, ids)
-
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    path = tmp_path / "b"
-    with monkeypatch.context() as patch:
-        patch.setattr("stages.columns.d2.write_picks", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(path, images, texts, scores, ids)
-    with monkeypatch.context() as patch:  # the sample, the exchanged vectors and their matches were dropped
-        for name in ("write_points", "write_sample", "write_start", "write_sums", "write_dealt", "write_near"):
-            patch.setattr(nearest_neighbours, name, killed)
-        again, _ = run(path, images, texts, scores, ids)
-    assert first == again
+    path, columns = written(tmp_path / "b", images, texts, scores, ids)
+    stage = D2(embeddings=("image", "text"))
+    # the sample, the exchanged vectors and their matches were dropped
+    assert fit_in_two(path, tmp_path / "out", stage, columns, "found") == ["found"]
+    _, rows, _ = run_stage(path, tmp_path / "out", stage, columns)
+    assert [row["d2_score"] for row in rows] == first
 
 
 def test_what_is_no_column_of_vectors_or_numbers_is_named(tmp_path):

@@ -17,12 +17,7 @@ from stages.columns.density_pruning import DensityPruning, mean_neighbour_distan
 from stages.unit_vectors import unit
 from tests.duplicates_fixture import run_stage
 from tests.embedding_fixture import near_copies, vector_pool
-from tests.pool_fixture import write_columns
-
-
-def ids(num: int) -> list[str]:
-    """uids whose order is not that of their numbers."""
-    return [f"{number * 104729 % 1000003:032x}" for number in range(num)]
+from tests.pool_fixture import scattered_uids, write_columns
 
 
 def run(folder, vectors, cluster, names, shards=3, **parameters):
@@ -90,8 +85,8 @@ def test_rows_kept_are_those_of_the_published_rule(fraction, temperature, neighb
     centres = rng.normal(size=(16, 10))
     vectors = (centres[cluster] + spread[cluster, None] * rng.normal(size=(260, 10))).astype(np.float16)
     parameters = {"fraction": fraction, "temperature": temperature, "neighbours": neighbours}
-    kept, rank, facts = run(tmp_path, vectors, cluster, ids(260), **parameters)
-    expected, places = published(vectors, cluster.tolist(), ids(260), fraction, temperature, neighbours)
+    kept, rank, facts = run(tmp_path, vectors, cluster, scattered_uids(260), **parameters)
+    expected, places = published(vectors, cluster.tolist(), scattered_uids(260), fraction, temperature, neighbours)
     assert kept == expected
     assert rank == places
     assert facts["kept_rows"] == sum(kept) == round(fraction * 260)
@@ -164,15 +159,15 @@ def test_distances_to_neighbours():
 def test_order_shards_and_partitions_change_nothing(tmp_path, monkeypatch):
     vectors, _ = near_copies(240, 12, seed=2)
     vectors[50:60] = vectors[49]  # equally far: by uid
-    path, columns = vector_pool(tmp_path, vectors, ids(240), 2)
+    path, columns = vector_pool(tmp_path, vectors, scattered_uids(240), 2)
     _, rows, _ = run_stage(path, tmp_path / "k", Clusters(embedding="vector", clusters=9, metric="cosine"), columns)
     cluster = [row["cluster_id"] for row in rows]
-    first = run(tmp_path / "a", vectors, cluster, ids(240), fraction=0.4)
+    first = run(tmp_path / "a", vectors, cluster, scattered_uids(240), fraction=0.4)
     order = np.random.default_rng(0).permutation(240)
     monkeypatch.setattr(density_pruning, "PIECE_ROWS", 50)
     monkeypatch.setattr(density_pruning, "PARTITION_ROWS", 60)
     monkeypatch.setattr(density_pruning, "TILE_ROWS", 12)
-    moved = [ids(240)[at] for at in order]
+    moved = [scattered_uids(240)[at] for at in order]
     again = run(tmp_path / "b", vectors[order], [cluster[at] for at in order], moved, 7, fraction=0.4)
     for one, two in zip(first[:2], again[:2], strict=True):
         assert [one[at] for at in order] == two
@@ -183,26 +178,26 @@ def test_rows_without_a_vector_or_a_cluster_are_null(tmp_path):
     vectors = list(np.random.default_rng(0).normal(size=(8, 4)).astype(np.float16))
     vectors[2], vectors[5] = None, np.zeros(4, np.float16)
     cluster = [0, 3, None, 0, None, 3, 3, 0]
-    kept, rank, facts = run(tmp_path / "a", vectors, cluster, ids(8), fraction=0.8)
+    kept, rank, facts = run(tmp_path / "a", vectors, cluster, scattered_uids(8), fraction=0.8)
     for column in (kept, rank):
         assert [value is None for value in column] == [at in (2, 4, 5) for at in range(8)]
     assert (kept.count(True), facts["rows_with_clusters"], facts["clusters"]) == (4, 5, 2)
-    kept, rank, facts = run(tmp_path / "b", [None, vectors[0]], [None, None], ids(2))
+    kept, rank, facts = run(tmp_path / "b", [None, vectors[0]], [None, None], scattered_uids(2))
     assert (kept, rank, facts["clusters"], facts["kept_rows"]) == ([None] * 2, [None] * 2, 0, 0)
-    kept, rank, _ = run(tmp_path / "c", vectors[:1], [4], ids(1), fraction=1.0)
+    kept, rank, _ = run(tmp_path / "c", vectors[:1], [4], scattered_uids(1), fraction=1.0)
     assert (kept, rank) == ([True], [0])
     opposite = np.array([[1, 0], [-1, 0], [0, 1]], np.float16)  # two that cancel out have no mean direction
-    kept, _, _ = run(tmp_path / "d", opposite, [0, 0, 1], ids(3), fraction=0.67)
+    kept, _, _ = run(tmp_path / "d", opposite, [0, 0, 1], scattered_uids(3), fraction=0.67)
     assert kept.count(True) == 2
 
 
 def test_what_does_not_fit_is_named(tmp_path, monkeypatch):
     vectors = np.ones((2, 4), np.float16)
     with pytest.raises(WinnowError, match="column cluster_id: -1 to 0, expected 0 to"):
-        run(tmp_path / "a", vectors, [-1, 0], ids(2))
+        run(tmp_path / "a", vectors, [-1, 0], scattered_uids(2))
     with pytest.raises(WinnowError, match="fraction: 0 of 2 rows, expected at least the 1 clusters"):
-        run(tmp_path / "b", vectors, [0, 0], ids(2), fraction=0.1)
-    path, columns = vector_pool(tmp_path / "c", [np.ones(3), np.ones(4)], ids(2), 2)
+        run(tmp_path / "b", vectors, [0, 0], scattered_uids(2), fraction=0.1)
+    path, columns = vector_pool(tmp_path / "c", [np.ones(3), np.ones(4)], scattered_uids(2), 2)
     columns |= write_columns(tmp_path / "c", path, {"cluster_id": pa.array([0, 0], pa.int32())})
     monkeypatch.setattr(density_pruning, "PIECE_ROWS", 1)
     with pytest.raises(WinnowError, match="vectors of 3 to 4 values, expected one length"):

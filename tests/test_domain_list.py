@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
 
 import pytest
 
@@ -12,9 +11,9 @@ from pipeline.core.errors import ConfigError
 from stages import build_stage
 from stages.columns.domain_list import DomainList
 from tests.duplicates_fixture import run_stage
+from tests.golden_fixture import check_golden
 from tests.pool_fixture import drawing, write_pool
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "domain_list.json"
 LIST = "# those we trust\nexample.org\n\n Shop.Example.COM # a comment\nmünchen.example\n127.0.0.1\nuk\n"
 CASES = [
     ("http://example.org/a.jpg", True),
@@ -54,8 +53,7 @@ def test_a_domain_covers_itself_and_what_lies_below_it(tmp_path):
     found = run(tmp_path, [url for url, _ in CASES], tmp_path / "domains.txt")
     assert found == [*(listed for _, listed in CASES), None]
     digest = hashlib.sha256(json.dumps(found).encode()).hexdigest()
-    current = {"version": DomainList.version, "sha256": digest}
-    assert current == json.loads(GOLDEN.read_text()), f"bump the version and record {json.dumps(current)}"
+    check_golden("domain_list", {"version": DomainList.version, "sha256": digest})
 
 
 def test_an_empty_list_lists_nothing(tmp_path):

@@ -11,6 +11,7 @@ from stages.duplicates.components import labels
 from stages.unit_vectors import unit
 from tests.duplicates_fixture import run_stage
 from tests.embedding_fixture import near_copies, vector_pool
+from tests.pool_fixture import scattered_uids
 
 
 def run(folder, vectors, ids, shards=3, **parameters):
@@ -50,7 +51,7 @@ def test_groups_are_those_of_brute_force(threshold, top_k, tmp_path, monkeypatch
     monkeypatch.setattr(embedding_duplicates, "PIECE_ROWS", 100)
     monkeypatch.setattr(embedding_duplicates, "TILE_ROWS", 32)
     vectors, _ = near_copies(300, 24, seed=1)
-    ids = [f"{number * 7919 % 300:032x}" for number in range(300)]
+    ids = scattered_uids(300)
     rows, facts = run(tmp_path, vectors, ids, shards=6, threshold=threshold, top_k=top_k)
     pairs = expected_pairs(vectors, ids, threshold, top_k)
     assert facts["pairs"] == len(pairs) > 100
@@ -85,7 +86,7 @@ def test_planted_copies_are_found_and_the_lowest_uid_survives(tmp_path):
 
 def test_order_shards_and_tiles_change_nothing(tmp_path, monkeypatch):
     vectors, _ = near_copies(240, 32, seed=4)
-    ids = [f"{number * 104729:032x}" for number in range(240)]
+    ids = scattered_uids(240)
     first, facts = run(tmp_path / "a", vectors, ids, threshold=0.6, top_k=2)
     order = np.random.default_rng(0).permutation(240)
     monkeypatch.setattr(embedding_duplicates, "PIECE_ROWS", 80)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +17,7 @@ from stages.duplicates import bit_distance, components, equal_keys, groups
 from stages.pool_blocks import blocks
 from tests.duplicates_fixture import run_stage
 from tests.passes_fixture import passes_here
-from tests.pool_fixture import drawing, random_uids, write_columns, write_pool
+from tests.pool_fixture import drawing, even_shards, random_uids, write_columns, write_pool
 
 
 def distances(hashes: np.ndarray) -> np.ndarray:
@@ -132,8 +131,7 @@ def hash_pool(folder, hashes, shards: int, uids=None) -> tuple[str, dict]:
     rows = [{"image": image, "caption": "a"} for _ in hashes]
     for row, uid in zip(rows, uids or (), strict=False):
         row["uid"] = uid
-    bounds = np.linspace(0, len(rows), shards + 1).astype(int)
-    path = write_pool(folder, [rows[start:end] for start, end in itertools.pairwise(bounds)])
+    path = write_pool(folder, even_shards(rows, shards))
     texts = [None if value is None else f"{value:016x}" for value in hashes]
     return path, write_columns(folder, path, {"image_phash": pa.array(texts, pa.string())})
 
@@ -226,8 +224,7 @@ def image_entries() -> tuple[list[dict], dict[str, set[frozenset[int]]]]:
 
 def image_groups(folder, entries, shards=3, **parameters):
     """The stage's rows over a pool of these entries, with the hashes that the stage `hashes` gives."""
-    bounds = np.linspace(0, len(entries), shards + 1).astype(int)
-    path = write_pool(folder / "root", [entries[start:end] for start, end in itertools.pairwise(bounds)])
+    path = write_pool(folder / "root", even_shards(entries, shards))
     columns, _, _ = run_stage(path, folder / "hashes", build_stage("hashes", {}, ""))
     return run_stage(path, folder / "duplicates", build_stage("image_duplicates", parameters, ""), columns)[1:]
 

@@ -15,11 +15,7 @@ from stages.selection import uids
 from stages.unit_vectors import pieces, unit
 from tests.embedding_fixture import near_copies, vector_pool
 from tests.passes_fixture import passes_here
-
-
-def ids(num: int) -> list[str]:
-    """uids whose order is not that of their numbers."""
-    return [f"{number * 104729 % 1000003:032x}" for number in range(num)]
+from tests.pool_fixture import scattered_uids
 
 
 def trained(folder, vectors, names, shards=2, piece_rows=200, **parameters):
@@ -57,8 +53,10 @@ def test_centroids_are_those_of_lloyds_algorithm(metric, scale, tmp_path):
     vectors = ((rng.normal(size=(8, 12))[rng.integers(8, size=300)] + rng.normal(size=(300, 12))) * scale).astype("f2")
     for iterations in (1, 4):
         folder = tmp_path / str(iterations)
-        found, notes = trained(folder, vectors, ids(300), num_clusters=7, iterations=iterations, metric=metric)
-        expected = lloyd(vectors, ids(300), 7, iterations, metric)
+        found, notes = trained(
+            folder, vectors, scattered_uids(300), num_clusters=7, iterations=iterations, metric=metric
+        )
+        expected = lloyd(vectors, scattered_uids(300), 7, iterations, metric)
         assert np.abs(found - expected).max() < 1e-6 * (scale if metric == "l2" else 1)
         assert (notes["sampled"], notes["iterations"], notes["empty"]) == (300, iterations, 0)
 
@@ -68,7 +66,7 @@ def test_order_shards_parts_and_tiles_change_nothing(metric, tmp_path, monkeypat
     vectors, _ = near_copies(400, 16, seed=1)
     vectors *= np.random.default_rng(2).uniform(0.5, 9, size=(400, 1)).astype(np.float16)
     vectors[5:20] = vectors[4]
-    names = ids(400)
+    names = scattered_uids(400)
     parameters = {"num_clusters": 25, "metric": metric, "sample": 300, "iterations": 3}
     first, notes = trained(tmp_path / "a", vectors, names, **parameters)
     order = np.random.default_rng(0).permutation(400)
@@ -87,7 +85,9 @@ def test_samples_are_as_large_as_they_are_said_to_be(tmp_path, monkeypatch):
     vectors, _ = near_copies(500, 4, seed=3)
     for number, (sample, expected) in enumerate([(100, 100), (0.5, 250), (1.0, 500), (10**6, 500), (None, 120)]):
         monkeypatch.setattr(kmeans, "ROWS_A_CLUSTER", 30)
-        _, notes = trained(tmp_path / str(number), vectors, ids(500), num_clusters=4, sample=sample, iterations=1)
+        _, notes = trained(
+            tmp_path / str(number), vectors, scattered_uids(500), num_clusters=4, sample=sample, iterations=1
+        )
         assert abs(notes["sampled"] - expected) <= (0 if expected == 500 else 45)
 
 
@@ -96,7 +96,7 @@ def test_training_gains_with_every_iteration_and_splits_the_largest_for_empty_cl
     rng = np.random.default_rng(2)
     centres = rng.normal(size=(6, 24))
     vectors = (np.repeat(centres, 30, axis=0) + 0.1 * rng.normal(size=(180, 24))).astype(np.float16)
-    names = ids(180)
+    names = scattered_uids(180)
     lowest = np.argsort(uids.hash64(uids.parse(pa.array(names), ""), 0, kmeans.SAMPLE_STREAM))[:6]
     vectors[lowest] = vectors[lowest[0]]  # so that all centroids start at one place
     losses = []
@@ -133,34 +133,36 @@ def test_a_split_takes_halves_of_what_is_the_largest_then():
 def test_fewer_vectors_than_clusters_equal_ones_and_none(tmp_path):
     vectors = np.repeat(np.array([[3, 4, 0]], np.float16), 5, axis=0)
     for metric, length in (("l2", 5), ("cosine", 1)):
-        found, notes = trained(tmp_path / metric, vectors, ids(5), num_clusters=3, metric=metric)
+        found, notes = trained(tmp_path / metric, vectors, scattered_uids(5), num_clusters=3, metric=metric)
         assert found.shape == (3, 3)
         assert notes["empty"] == 2
         assert np.linalg.norm(found, axis=1) == pytest.approx([length] * 3, rel=2e-3)
-        few, notes = trained(tmp_path / f"few {metric}", vectors, ids(5), num_clusters=9, metric=metric)
+        few, notes = trained(tmp_path / f"few {metric}", vectors, scattered_uids(5), num_clusters=9, metric=metric)
         assert len(few) == 5
-        none, notes = trained(tmp_path / f"none {metric}", [None, np.zeros(3)], ids(2), num_clusters=2, metric=metric)
+        none, notes = trained(
+            tmp_path / f"none {metric}", [None, np.zeros(3)], scattered_uids(2), num_clusters=2, metric=metric
+        )
         assert none.shape == (0, 0)
         assert (notes["sampled"], notes["iterations"]) == (0, 1)
-        one, _ = trained(tmp_path / f"one {metric}", vectors[:1], ids(1), num_clusters=1, metric=metric)
+        one, _ = trained(tmp_path / f"one {metric}", vectors[:1], scattered_uids(1), num_clusters=1, metric=metric)
         assert one[0] == pytest.approx(np.array([3, 4, 0]) / (1 if metric == "l2" else 5))
     opposite = np.stack([vectors[0], -vectors[0]])
-    found, _ = trained(tmp_path / "opposite", opposite, ids(2), num_clusters=1, metric="cosine")
+    found, _ = trained(tmp_path / "opposite", opposite, scattered_uids(2), num_clusters=1, metric="cosine")
     assert np.isfinite(found).all()
 
 
 def test_a_killed_training_goes_on_where_it_was(tmp_path):
     vectors, _ = near_copies(200, 8, seed=4)
     parameters = {"num_clusters": 12, "metric": "l2", "iterations": 5}
-    whole, notes = trained(tmp_path / "a", vectors, ids(200), **parameters)
-    trained(tmp_path / "b", vectors, ids(200), **{**parameters, "iterations": 2})
+    whole, notes = trained(tmp_path / "a", vectors, scattered_uids(200), **parameters)
+    trained(tmp_path / "b", vectors, scattered_uids(200), **{**parameters, "iterations": 2})
     for name in ("sample", "sums_002"):  # as if the kill had come before these were dropped
         folder = tmp_path / "b" / "passes" / name
         for file in folder.iterdir():
             file.unlink()
     path = tmp_path / "b" / "passes" / "centroids_002" / "00000.arrow"
     path.unlink()
-    again, other = trained(tmp_path / "b", vectors, ids(200), **parameters)
+    again, other = trained(tmp_path / "b", vectors, scattered_uids(200), **parameters)
     assert (again == whole).all()
     assert notes == other
 

@@ -16,12 +16,12 @@ from pipeline.core.errors import ConfigError
 from stages import build_stage, entry_index
 from stages.columns import metaclip
 from stages.columns.metaclip import MetaClip, read_entries, tail_threshold
-from tests.duplicates_fixture import run_stage
+from tests.duplicates_fixture import fit_in_two, run_stage
 from tests.engine_fixture import run_here
-from tests.pool_fixture import drawing, write_pool
+from tests.golden_fixture import check_golden
+from tests.pool_fixture import drawing, even_shards, write_pool
 
 TINY = str(pathlib.Path(__file__).parent / "tiny.yaml")
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "metaclip.json"
 IMAGE = drawing(1)
 WORDS = ["red", "Red", "car", "cars", "a", "blue", "dog", "of", "the", "Straße", "红", "U.S.", "can't", "x" * 80]
 GLUE = [" ", " ", " ", " ", ", ", ". ", "; ", ":", "?", "!", "`", "  ", "\t", "\n", "\r\n", "-", "\u00a0", "\u3000"]
@@ -99,16 +99,19 @@ def balanced(entries, captions, t=None, tail_fraction=None):
     return rows, t, sum(one for one in count if one < t) / sum(count)
 
 
-def run(folder, captions, metadata, shards=3, **parameters):
-    """(probability and number of matches of each caption, facts); a caption of None is that of a failed row."""
+def written(folder, captions, shards=3):
+    """The path of a pool; a caption of None is that of a failed row."""
     rows = [
         {"image": IMAGE if caption is not None else None, "caption": "red car" if caption is None else caption}
         for caption in captions
     ]
-    size = -(-len(rows) // shards)
-    path = write_pool(folder, [rows[start : start + size] for start in range(0, len(rows), size)])
+    return write_pool(folder, even_shards(rows, shards))
+
+
+def run(folder, captions, metadata, shards=3, **parameters):
+    """(probability and number of matches of each caption, facts)."""
     stage = build_stage("metaclip", {"metadata": str(metadata), **parameters}, "")
-    _, found, facts = run_stage(path, folder / "out", stage)
+    _, found, facts = run_stage(written(folder, captions, shards), folder / "out", stage)
     return [(row["metaclip_probability"], row["metaclip_matches"]) for row in found], facts
 
 
@@ -182,21 +185,14 @@ def test_order_shards_blocks_and_ranges_change_nothing(tmp_path, world, monkeypa
     assert facts == other
 
 
-def test_a_resumed_fit_goes_on_from_its_files(tmp_path, world, monkeypatch):
+def test_a_resumed_fit_goes_on_from_its_files(tmp_path, world):
     entries, captions = world
-    path = write_entries(tmp_path, entries)
-    whole = run(tmp_path / "a", captions, path, threshold=5)
-    original = metaclip.write_totals
-
-    def failing(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(metaclip, "write_totals", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", captions, path, threshold=5)
-    monkeypatch.setattr(metaclip, "write_totals", original)
-    monkeypatch.setattr(metaclip, "write_counts", None)  # must not be called again
-    assert run(tmp_path / "b", captions, path, threshold=5) == whole
+    stage = MetaClip(str(write_entries(tmp_path, entries)), threshold=5)
+    path = written(tmp_path, captions)
+    assert fit_in_two(path, tmp_path / "out", stage, {}, "totals") == ["totals", "probabilities"]
+    _, rows, _ = run_stage(path, tmp_path / "out", stage)
+    expected, _, _ = balanced(entries, captions, 5)
+    assert [(row["metaclip_probability"], row["metaclip_matches"]) for row in rows] == expected
 
 
 @pytest.mark.parametrize("captions", [[None, None], ["nothing here"], [None, "red"]])
@@ -259,8 +255,8 @@ def test_golden_outputs(tmp_path):
     captions = ["a red car", "red car, red dog", "Red car", "the dog of the car", "nothing", None, "red", "car"] * 3
     found, _ = run(tmp_path, captions, write_entries(tmp_path, ["red", "car", "red car", "dog", "of the"]), threshold=4)
     rows = [(None if value is None else round(value, 6), number) for value, number in found]
-    current = {"version": MetaClip.version, "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
-    assert current == json.loads(GOLDEN.read_text()), f"bump the version and record {json.dumps(current)}"
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    check_golden("metaclip", {"version": MetaClip.version, "sha256": digest})
     table = pq.read_table(tmp_path / "out" / "00000.parquet")
     assert [str(kind) for kind in table.schema.types] == ["string", "float", "int32"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -21,10 +20,10 @@ from stages.columns.mix import Mix, filled, rounded, weight_keys
 from stages.selection import choose, strategies
 from tests.duplicates_fixture import run_stage
 from tests.engine_fixture import run_here
-from tests.pool_fixture import drawing, random_uids, write_columns, write_pool
+from tests.golden_fixture import check_golden
+from tests.pool_fixture import drawing, even_shards, random_uids, write_columns, write_pool
 
-IMAGE = drawing(1)
-GOLDEN = pathlib.Path(__file__).parent / "golden"
+IMAGE = drawing(1, 8, 6)
 TINY = str(pathlib.Path(__file__).parent / "tiny.yaml")
 
 
@@ -32,8 +31,7 @@ def mixed(folder, groups, weights=None, failed=(), shards=3, kind=None, weight_k
     """(weight of each row, facts) of a pool with the columns `topic` and, where given, `quality`."""
     ids = ids or [f"{at:032x}" for at in range(len(groups))]
     rows = [{"image": None if at in failed else IMAGE, "caption": "a", "uid": uid} for at, uid in enumerate(ids)]
-    bounds = np.linspace(0, len(rows), shards + 1).astype(int)
-    path = write_pool(folder / "root", [rows[start:end] for start, end in itertools.pairwise(bounds)])
+    path = write_pool(folder / "root", even_shards(rows, shards))
     columns = write_columns(folder / "root", path, {"topic": pa.array(groups, kind)})
     if weights is not None:
         columns |= write_columns(folder / "root", path, {"quality": pa.array(weights, weight_kind or pa.float32())})
@@ -181,12 +179,10 @@ def test_weights_do_not_depend_on_shards_or_their_order(tmp_path):
 
 
 def test_golden_weights(tmp_path):
-    """Weights are those recorded for this version. After a change that is meant: bump `version` and record these."""
     groups = [["a", "b", "c", None][at * 7 % 4] for at in range(24)]
     weights = [(at * 37 % 23) / 16 for at in range(24)]
     found, _ = mixed(tmp_path, groups, weights, {3}, shares={"a": 0.5, "b": 0.25, "c": 0.125}, cap=2.0)
-    recorded = json.loads((GOLDEN / "mix.json").read_text())
-    assert {"version": Mix.version, "weights": found} == recorded, f"bump mix's version, record {json.dumps(found)}"
+    check_golden("mix", {"version": Mix.version, "weights": found})
 
 
 def test_rounding_of_weights():

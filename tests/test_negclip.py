@@ -9,17 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.core import pool
 from pipeline.core.errors import ConfigError, WinnowError
-from pipeline.core.passes import Passes
-from stages import build_stage, stage_worker
+from stages import build_stage
 from stages.columns import negclip
 from stages.columns.negclip import NegClip, batch_scores
 from stages.selection import uids
-from stages.stage_worker import StageJob, fit_path
-from tests.duplicates_fixture import run_stage
-from tests.embedding_fixture import vector_pool
-from tests.passes_fixture import run_here
+from tests.duplicates_fixture import fit_in_two, run_stage
+from tests.embedding_fixture import vector_column, vector_pool
 from tests.pool_fixture import random_uids, write_columns
 
 
@@ -34,8 +30,7 @@ def pairs(num, dimensions, seed=0, common=0.3):
 def run(folder, image, text, ids, shards=3, **parameters):
     """(scores, facts)."""
     path, columns = vector_pool(folder, image, ids, shards)
-    lists = [None if vector is None else np.asarray(vector, np.float16) for vector in text]
-    columns |= write_columns(folder / "root", path, {"text": pa.array(lists, pa.list_(pa.float16()))})
+    columns |= write_columns(folder / "root", path, {"text": vector_column(text)})
     stage = build_stage("negclip", {"image": "vector", "text": "text", **parameters}, "negclip")
     _, rows, facts = run_stage(path, folder / "out", stage, columns)
     return [row["negclip_score"] for row in rows], facts
@@ -157,27 +152,9 @@ def test_a_killed_fit_goes_on_from_the_rounds_that_are_done(tmp_path):
     parameters = {"batch": 20, "rounds": 3}
     whole, _ = run(tmp_path / "whole", image, text, ids, **parameters)
     path, columns = vector_pool(tmp_path / "cut", image, ids, 3)
-    columns |= write_columns(tmp_path / "cut" / "root", path, {"text": pa.array(list(text), pa.list_(pa.float16()))})
+    columns |= write_columns(tmp_path / "cut" / "root", path, {"text": vector_column(text)})
     stage = NegClip("vector", "text", **parameters)
-    job = StageJob(stage, str(tmp_path / "cut" / "out"), columns)
-
-    class KilledError(Exception):
-        pass
-
-    def stop_late(function, items, names, on_done):
-        if names[0].startswith("scored_001"):
-            raise KilledError
-        run_here(function, items, names, on_done)
-
-    with pytest.raises(KilledError):
-        stage_worker.fit(path, job, pool.load_shards(path), Passes(stop_late, fit_path(job)))
-    done = []
-
-    def go_on(function, items, names, on_done):
-        done.extend(name.split("/")[0] for name in names)
-        run_here(function, items, names, on_done)
-
-    stage_worker.fit(path, job, pool.load_shards(path), Passes(go_on, fit_path(job)))
+    done = fit_in_two(path, tmp_path / "cut" / "out", stage, columns, "scored_001")
     assert done == ["scored_001", "dealt_002", "scored_002", "found"]
     _, rows, _ = run_stage(path, tmp_path / "cut" / "out", stage, columns)
     assert [row["negclip_score"] for row in rows] == whole

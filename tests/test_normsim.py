@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.core import pool
 from pipeline.core.errors import ConfigError, WinnowError
 from stages import build_stage, second_moment
-from stages.base import LoadContext
 from stages.columns import normsim
-from stages.score_shard import LoadedStage, score_shard
-from stages.stage_worker import Reference, StageJob, fit, fit_path
-from tests.embedding_fixture import vector_pool
-from tests.passes_fixture import passes_here
-from tests.pool_fixture import random_uids
+from tests.duplicates_fixture import run_stage
+from tests.embedding_fixture import vector_pool, vector_references
+from tests.golden_fixture import check_golden
+from tests.pool_fixture import scattered_uids
 
 
 def run(folder, vectors, references=(), files=(), shards=3, **parameters):
@@ -34,25 +29,12 @@ def run(folder, vectors, references=(), files=(), shards=3, **parameters):
         paths.append(str(folder / name))
         folder.mkdir(exist_ok=True)
         save(paths[-1])
-    path, columns = vector_pool(folder, vectors, uids_of(len(vectors)), shards)
-    pools = {}
-    for name, own in references:
-        where, own_columns = vector_pool(folder / name, own, uids_of(len(own), 1), 2)
-        pools[name] = Reference(where, pool.load_shards(where), own_columns)
+    path, columns = vector_pool(folder, vectors, scattered_uids(len(vectors)), shards)
+    pools = vector_references(folder, dict(references))
     given = {"embedding": "vector", "against": list(pools), "target_features": paths, **parameters}
     stage = build_stage("normsim", given, "normsim")
-    job = StageJob(stage, str(folder / "out"), columns, references=pools)
-    facts = fit(path, job, pool.load_shards(path), passes_here(fit_path(job)))
-    entry = LoadedStage(stage, stage.load(LoadContext(fit_path=fit_path(job))), job.out_path, None, job.columns)
-    rows = []
-    for shard in pool.load_shards(path):
-        score_shard(path, shard, [entry])
-        rows += pool.read_table(f"{job.out_path}/{shard.name}.parquet").to_pylist()
+    _, rows, facts = run_stage(path, folder / "out", stage, columns, pools)
     return [row["normsim_2"] for row in rows], [row["normsim_inf"] for row in rows], facts
-
-
-def uids_of(num, seed=0):
-    return random_uids(np.random.default_rng(seed), num)
 
 
 def norms(vectors, targets):
@@ -172,9 +154,6 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
 
 
 def test_golden_norms(tmp_path):
-    """Norms are those recorded for this version, as test_golden_outputs has it for stages that need no targets."""
     two, largest, _ = run(tmp_path, random(12, 8, 11), [("x", random(9, 8, 12))])
     found = [[round(value, 4) for value in column] for column in (two, largest)]
-    current = {"version": normsim.NormSim.version, "normsim_2": found[0], "normsim_inf": found[1]}
-    recorded = json.loads((pathlib.Path(__file__).parent / "golden" / "normsim.json").read_text())
-    assert current == recorded, f"norms changed: bump the version and record {json.dumps(current)}"
+    check_golden("normsim", {"version": normsim.NormSim.version, "normsim_2": found[0], "normsim_inf": found[1]})

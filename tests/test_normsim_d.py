@@ -7,18 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.core import pool
 from pipeline.core.errors import ConfigError, WinnowError
-from pipeline.core.passes import Passes
-from stages import build_stage, second_moment, stage_worker
+from stages import build_stage, second_moment
 from stages.columns import normsim_d
 from stages.columns.normsim_d import NormSimD
 from stages.second_moment import SecondMoment, quadratic_forms
-from stages.stage_worker import StageJob, fit_path
 from stages.unit_vectors import unit
-from tests.duplicates_fixture import run_stage
+from tests.duplicates_fixture import fit_in_two, run_stage
 from tests.embedding_fixture import vector_pool
-from tests.passes_fixture import run_here
 from tests.pool_fixture import random_uids
 
 
@@ -127,25 +123,7 @@ def test_a_killed_fit_goes_on_from_the_rounds_that_are_done(tmp_path, monkeypatc
     ids = random_uids(np.random.default_rng(5), 80)
     path, columns = vector_pool(tmp_path, vectors, ids, 3)
     stage = NormSimD("vector", rows=20, iterations=30)
-    job = StageJob(stage, str(tmp_path / "out"), columns)
-
-    class KilledError(Exception):
-        pass
-
-    def stop_late(function, items, names, on_done):
-        if names[0].startswith("rounds_000020"):
-            raise KilledError
-        run_here(function, items, names, on_done)
-
-    with pytest.raises(KilledError):
-        stage_worker.fit(path, job, pool.load_shards(path), Passes(stop_late, fit_path(job)))
-    done = []
-
-    def go_on(function, items, names, on_done):
-        done.extend(name.split("/")[0] for name in names)
-        run_here(function, items, names, on_done)
-
-    stage_worker.fit(path, job, pool.load_shards(path), Passes(go_on, fit_path(job)))
+    done = fit_in_two(path, tmp_path / "out", stage, columns, "rounds_000020")
     assert done == ["rounds_000020", "rounds_000030", "found"]
     _, rows, _ = run_stage(path, tmp_path / "out", stage, columns)
     assert [row["normsim_d_round"] for row in rows] == published(vectors, ids, 20, 30).tolist()

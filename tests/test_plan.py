@@ -38,6 +38,7 @@ def plan_of(tmp_path, *overrides, path=TINY):
         ("models.scorer={architecture: ViT-B-32, pretrained: opnai}", r"pretrained = opnai, expected a weights file .* Did you mean openai"),
         ("models.scorer={architecture: ViT-B-32, pretrained: /tmp}", r"models\.scorer\.pretrained = /tmp, expected a file that can be read"),
         ("recipes.tiny.model.vision_cfg=5", r"vision_cfg = 5, expected a mapping"),
+        ("stages=[{name: clip, model: scorer}, {name: clusters, as: c}]\nstrategies={a: {where: [c_cluster_targets > 0]}}\ncompare=[a]", r"strategies\.a uses c_cluster_targets, which has no values: stages\.c: neither against"),
         ("stages=[{name: hashes, as: train}]", r"stages\.0\.as = train, expected a name"),
         ("stages=[hashes, {name: contamination, within: basic}]", r"stages\.contamination\.within: it is about the whole pool"),
         ("stages=[{name: negclip, text: clip_image}]", r"stages\.0: negclip\.text = clip_image, expected another column"),
@@ -55,7 +56,7 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, override
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody outside is asked
     with pytest.raises(ConfigError, match=message) as caught:
-        plan_of(tmp_path, override)
+        plan_of(tmp_path, *override.splitlines())
     assert "\n" not in str(caught.value)
 
 

@@ -14,6 +14,7 @@ from stages.selection import uids
 from stages.unit_vectors import unit
 from tests.duplicates_fixture import run_stage
 from tests.embedding_fixture import near_copies, vector_pool
+from tests.pool_fixture import scattered_uids
 
 
 def run(folder, vectors, ids, shards=3, **parameters):
@@ -39,7 +40,7 @@ def published(vectors, cluster, cosine, ids, keep):
 @pytest.mark.parametrize("keep", ["hard", "easy"])
 def test_similarities_are_those_of_the_published_rule(keep, tmp_path):
     vectors, _ = near_copies(400, 24, seed=1)
-    ids = [f"{number * 7919 % 400:032x}" for number in range(400)]
+    ids = scattered_uids(400)
     (cluster, cosine, similarity), facts = run(tmp_path, vectors, ids, keep=keep, clusters=9)
     assert np.float32(similarity).tolist() == published(vectors, cluster, cosine, ids, keep).tolist()
     assert facts["clusters"] == len(set(cluster)) <= 9
@@ -77,7 +78,7 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path):
 def test_order_shards_tiles_and_partitions_change_nothing(tmp_path, monkeypatch):
     vectors, _ = near_copies(300, 32, seed=4)
     vectors[7] = vectors[200]
-    ids = [f"{number * 104729:032x}" for number in range(300)]
+    ids = scattered_uids(300)
     first, facts = run(tmp_path / "a", vectors, ids, clusters=12)
     order = np.random.default_rng(0).permutation(300)
     monkeypatch.setattr(semdedup, "PIECE_ROWS", 50)
@@ -97,7 +98,7 @@ def test_order_shards_tiles_and_partitions_change_nothing(tmp_path, monkeypatch)
 def test_a_sample_trains_the_same_centroids_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(kmeans, "ROWS_A_CLUSTER", 10)
     vectors, _ = near_copies(300, 16, seed=5)
-    ids = [f"{number * 104729:032x}" for number in range(300)]
+    ids = scattered_uids(300)
     first, _ = run(tmp_path / "a", vectors, ids, clusters=8)
     again, _ = run(tmp_path / "b", vectors[::-1], ids[::-1], shards=5, clusters=8)
     assert [column[::-1] for column in again] == first

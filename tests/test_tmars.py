@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pathlib
 
 import cv2
 import numpy as np
@@ -18,9 +17,9 @@ from stages.base import LoadContext
 from stages.columns.clip import Clip
 from stages.columns.tmars import TMars, painted_over, shorter_side_px
 from stages.score_shard import LoadedStage, score_shard
+from tests.golden_fixture import read_golden
 from tests.pool_fixture import drawing, write_pool
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
 WIDTH_PX, HEIGHT_PX = 192, 96
 TINY = {
     "embed_dim": 16,
@@ -155,7 +154,7 @@ def test_golden_scores(stage, model_folder, tmp_path):
     """Values are those recorded for this version. After a change that is meant: bump `version` and record these."""
     rows = score(tmp_path, stage, [picture(number, "text" * (number % 3)) for number in range(6)], model_folder)
     found = {name: [round(row[name], 4) for row in rows] for name in TMars.adds}
-    recorded = json.loads((GOLDEN / "tmars.json").read_text())
+    recorded = read_golden("tmars")
     message = f"bump tmars' version, record {json.dumps(found)}"
     assert recorded["version"] == TMars.version, message
     for name in TMars.adds:

@@ -11,17 +11,14 @@ import pytest
 from pipeline import plan as planning
 from pipeline.core import config, pool
 from pipeline.core.errors import ConfigError
-from stages.base import LoadContext
 from stages.columns.caption_duplicates import CaptionDuplicates
 from stages.columns.minhash import MinHash
 from stages.columns.semdedup import SemDeDup
-from stages.score_shard import LoadedStage, score_shard
 from stages.selection import choose, uids
 from stages.selection.strategies import parse_strategies
-from stages.stage_worker import StageJob, fit, fit_path
 from tests.download_fixture import uid_of, write_table
+from tests.duplicates_fixture import run_stage
 from tests.engine_fixture import run_here
-from tests.passes_fixture import passes_here
 from tests.pool_fixture import drawing, write_columns, write_pool
 
 TINY = str(pathlib.Path(__file__).resolve().parent / "tiny.yaml")
@@ -34,21 +31,10 @@ def plan_of(tmp_path, *overrides):
 
 def columns_of(pool_path, out, stages, columns, within=None):
     """{column: its values in the pool's order} of stages that run one after the other on the pool."""
-    found, columns = {}, dict(columns)
+    found = {}
     for number, stage in enumerate(stages):
-        needed = {name: columns[name] for name in stage.needs if name in columns}
-        job = StageJob(stage, f"{out}/{number}", needed, within=within)
-        shards = pool.load_shards(pool_path)
-        if stage.whole_pool:
-            fit(pool_path, job, shards, passes_here(fit_path(job)))
-        entry = LoadedStage(stage, stage.load(LoadContext(fit_path=fit_path(job))), job.out_path, 3, needed)
-        tables = []
-        for shard in shards:
-            score_shard(pool_path, shard, [entry], within=within)
-            tables.append(pool.read_table(f"{job.out_path}/{shard.name}.parquet"))
-        for name in stage.adds:
-            found[name] = pa.concat_tables(tables)[name].to_pylist()
-            columns[name] = choose.Column(job.out_path, name)
+        columns, rows, _ = run_stage(pool_path, f"{out}/{number}", stage, columns, within=within)
+        found |= {name: [row[name] for row in rows] for name in stage.adds}
     return found
 
 

@@ -19,18 +19,16 @@ import pyarrow as pa
 
 from pipeline.core import exchange
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
 from stages.duplicates import equal_keys
 from stages.pool_blocks import Block
 from stages.selection import uids
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 
 COUNTS = "counts"  # the pass that load() reads
-TYPES = {"count": pa.int64()}
 
 
 @dataclass(frozen=True)
-class CaptionFrequency(Stage):
+class CaptionFrequency(FittedStage):
     """How many ok rows of the pool, the row itself included, have its caption.
 
     Captions are the same when they are in NFKC form, case folded, with blanks collapsed: what the stage hashes takes
@@ -42,9 +40,9 @@ class CaptionFrequency(Stage):
     """
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"caption_count": "int64"}
-    whole_pool: ClassVar[bool] = True
+    found_in: ClassVar[str] = COUNTS
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"count": pa.int64()}
 
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
         """Numbers of ok rows and of different captions; a file of counts for each block."""
@@ -57,13 +55,6 @@ class CaptionFrequency(Stage):
         items = [(keys.path(number), parts, totals, number, starts) for number in range(len(blocks))]
         passes.run(COUNTS, write_counts, items)
         return {**exchange.read_notes([*keys.paths, *totals.paths]), SHARDS: shard_names(blocks)}
-
-    def load(self, context: LoadContext) -> Any:
-        """Reads the counts of a shard's rows."""
-        return ShardValues(context.fit_path or "", COUNTS, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        return {"caption_count": state.of(batch)["count"]}
 
 
 def write_keys(block: Block, parts: int, path: str) -> None:
@@ -100,7 +91,7 @@ def write_totals(keys: Pass, number: int, first_rows: np.ndarray, path: str) -> 
     """None; writes (first row of a block that has a caption, how many rows of the pool have it), by block."""
     rows = exchange.read(keys.paths, number)
     if rows is None:
-        exchange.write(path, {"row": np.empty(0, np.uint64), "total": np.empty(0, np.int64)}, notes={"captions": 0})
+        exchange.write(path, {}, notes={"captions": 0})
         return
     key = np.stack([rows["key0"].to_numpy(), rows["key1"].to_numpy()], axis=1)
     order = np.lexsort(key.T[::-1])
@@ -123,7 +114,7 @@ def write_counts(keys_path: str, parts: int, totals: Pass, number: int, starts: 
     rows = exchange.read([keys_path], parts)
     found = exchange.read(totals.paths, number)
     if rows is None or found is None:
-        write_by_shard(path, np.empty(0, np.uint64), {"count": np.empty(0, np.int64)}, starts)
+        exchange.write(path, {})
         return
     order = np.argsort(found["row"].to_numpy())
     places = np.searchsorted(found["row"].to_numpy()[order], rows["key0"].to_numpy())

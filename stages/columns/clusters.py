@@ -17,21 +17,21 @@ from pydantic import Field
 from pipeline.core import exchange, storage
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Batch, LoadContext
 from stages.kmeans import Centroids, KMeans, Metric, choose_clusters, read_centroids
 from stages.pool_blocks import Block, num_ok_rows
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
+from stages.targets import Targets, list_targets
 from stages.unit_vectors import packed, pieces
 
-FOUND, COUNTS = "found", "counts"  # the passes that load() reads
+COUNTS = "counts"  # a pass that load() reads besides FOUND
 PIECE_ROWS = 250_000  # rows whose vectors a task holds, unless a shard has more
 SEED, ITERATIONS = 0, 20  # as in DataComp
 ASSETS = "https://github.com/sagadre/datacomp_baseline_assets"
-TYPES = {"cluster": pa.int32(), "similarity": pa.float32()}
 
 
 @dataclass(frozen=True)
-class Clusters(Stage):
+class Clusters(FittedStage):
     """The row's cluster, how near it is to the centroid, how many target vectors are in the cluster, and how many rows.
 
     DataComp's rule is `where: [cluster_targets > 0]`: keep x where argmax_k <x, c_k> is also the argmax of a target.
@@ -73,20 +73,18 @@ class Clusters(Stage):
     target_features: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {
         "cluster_id": "int32",
         "cluster_similarity": "float32",
         "cluster_targets": "int64",
         "cluster_rows": "int64",
     }
-    whole_pool: ClassVar[bool] = True
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"cluster": pa.int32(), "similarity": pa.float32()}
     uses_references: ClassVar[bool] = True
     assets: ClassVar[Mapping[str, str]] = {
         "centroids": f"DataComp's are {{small,medium,large,xlarge}}_centroids_l14.pt at {ASSETS}",
         "target_features": f"DataComp's are in1k_clip_vit_l14_{{0..4}}.pt at {ASSETS}",
     }
-    batch_size: ClassVar[int] = 4096
 
     def __post_init__(self) -> None:
         if self.centroids:
@@ -97,13 +95,13 @@ class Clusters(Stage):
                         f"clusters.{name} = {getattr(self, name)}, expected nothing, as centroids are given"
                     )
 
+    def empty_columns(self) -> Mapping[str, str]:
+        has_targets = self.against or self.target_features
+        return {} if has_targets else {"cluster_targets": "neither against nor target_features is given"}
+
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.embedding,)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def external_files(self) -> Mapping[str, str]:
         files = {"centroids": self.centroids} if self.centroids else {}
@@ -127,19 +125,15 @@ class Clusters(Stage):
         starts = shard_starts(blocks)
         items = [(block, self.embedding, self.metric, centroids, starts) for block in parts]
         found = passes.run(FOUND, write_members, items)
-        sources: list[tuple[str, Block | None]] = [
-            (name, block) for name in sorted(references) for block in pieces(references[name], PIECE_ROWS)
-        ]
-        sources += [(path, None) for path in self.target_features]
-        targets = work.run("targets", write_targets, [(*one, self, centroids) for one in sources]) if sources else None
+        given = list_targets(references, self.target_features, PIECE_ROWS)
+        targets = work.run("targets", write_targets, [(one, self, centroids) for one in given]) if given else None
         counts = passes.run(COUNTS, write_counts, [(found, targets, centroids)])
         return {"training": training, **exchange.read_notes(counts.paths), SHARDS: shard_names(blocks)}
 
     def load(self, context: LoadContext) -> Any:
         """The clusters' counts, and what reads the values of a shard's rows."""
-        path = context.fit_path or ""
-        counts = Pass(storage.join(path, COUNTS), num_files=1)
-        return ShardValues(path, FOUND, TYPES), exchange.read(counts.paths)
+        counts = Pass(storage.join(context.fit_path or "", COUNTS), num_files=1)
+        return super().load(context), exchange.read(counts.paths)
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
         values, counts = state
@@ -168,22 +162,15 @@ def write_members(block: Block, column: str, metric: Metric, centroids: Pass, st
     write_by_shard(path, vectors.row, {"cluster": cluster, "similarity": similarity}, starts)
 
 
-def write_targets(source: str, block: Block | None, stage: Clusters, centroids: Pass, path: str) -> None:
-    """None; writes (cluster, count) of target vectors: of a reference's block, or of the file that `source` is."""
-    centres = read_centroids(centroids)
-    if not len(centres):
-        cluster = np.empty(0, np.int32)
-    elif block is not None:
-        _, cluster, _ = Centroids(centres, stage.metric).assigned(block, stage.embedding)
-    else:
-        from stages.tensor_files import read_rows
-
-        rows = read_rows(source)
-        if rows.shape[1] != centres.shape[1]:
-            raise WinnowError(
-                f"{source}: vectors of {rows.shape[1]} values, expected {centres.shape[1]} as centroids have"
-            )
-        cluster, _ = Centroids(centres, stage.metric).nearest(rows[rows.any(axis=1)])
+def write_targets(targets: Targets, stage: Clusters, centroids: Pass, path: str) -> None:
+    """None; writes (cluster, count) of target vectors."""
+    centres, vectors = read_centroids(centroids), targets.read(stage.embedding)
+    cluster = np.empty(0, np.int32)
+    if len(centres) and len(vectors):
+        if vectors.shape[1] != centres.shape[1]:
+            given = f"{targets.source}: vectors of {vectors.shape[1]} values"
+            raise WinnowError(f"{given}, expected {centres.shape[1]} as centroids have")
+        cluster, _ = Centroids(centres, stage.metric).nearest(vectors)
     number, count = np.unique(cluster, return_counts=True)
     exchange.write(path, {"cluster": number, "count": count}, notes={"targets": len(cluster)})
 

@@ -26,11 +26,11 @@ from pipeline.core import exchange, pool, storage
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
 from pipeline.core.pool import Shard
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Batch
 from stages.ingest.samples import ORIGINAL_FILE, ORIGINAL_NAME
 from stages.pool_blocks import Block
 from stages.selection import uids
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 from stages.unit_vectors import pieces, read_vectors
 
 TASKS = "tasks"  # what `against` says for the images of all tasks
@@ -41,11 +41,10 @@ PIECE_ROWS = 250_000  # of a task, unless a shard has more
 PARTITION_ROWS = 4_000_000  # of the pool, whose matches are sorted at once
 RUN_ROWS = 4096  # that are compared at once
 MOST_LISTED = 8  # matches of a row that are listed; those of an image are counted, however many
-TYPES = {"reference": pa.string(), "method": pa.string(), "distance": pa.float32()}
 
 
 @dataclass(frozen=True)
-class Contamination(Stage):
+class Contamination(FittedStage):
     """Whether the row's image is like one of the evaluation images; in which task or reference the nearest one is.
 
     Images are compared by the sha256 of their bytes, then of their pixels, then by pHash, and with `embedding` by the
@@ -73,17 +72,20 @@ class Contamination(Stage):
     min_cosine: Annotated[float, Field(gt=0, le=1)] | None = None
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {
         "is_contaminated": "bool",
         "contaminated_by": "string",
         "contamination_method": "string",
         "contamination_distance": "float32",
     }
-    whole_pool: ClassVar[bool] = True
+    found_in: ClassVar[str] = NEAREST
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {
+        "reference": pa.string(),
+        "method": pa.string(),
+        "distance": pa.float32(),
+    }
     uses_references: ClassVar[bool] = True
     may_work_within: ClassVar[bool] = False  # the report tells of the pool's contaminated rows
-    batch_size: ClassVar[int] = 4096
 
     def __post_init__(self) -> None:
         if isinstance(self.against, str) and self.against != TASKS:
@@ -94,10 +96,6 @@ class Contamination(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(column for method, column in self.compared().items() if method != "sha256")
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def compared(self) -> dict[str, str]:
         """{method: column} of what is compared."""
@@ -144,9 +142,6 @@ class Contamination(Stage):
             },
             SHARDS: shard_names(blocks),
         }
-
-    def load(self, context: LoadContext) -> Any:
-        return ShardValues(context.fit_path or "", NEAREST, TYPES)
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
         found = state.of(batch)
@@ -381,8 +376,7 @@ def write_nearest(matches_path: str, images: Pass, starts: np.ndarray, path: str
     """
     table = exchange.read([matches_path])
     if table is None:
-        nothing = {name: pa.array([], kind) for name, kind in TYPES.items()}
-        write_by_shard(path, np.empty(0, np.uint64), nothing, starts)
+        exchange.write(path, {})
         return
     table = table.filter(pc.equal(table["rank"], 0)).sort_by("row")
     columns = _named(table, images, ["reference"]) | {"distance": table["distance"]}

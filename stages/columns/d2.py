@@ -17,20 +17,18 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.errors import ConfigError
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Stage
 from stages.compiled import Compiled
 from stages.nearest_neighbours import Search, find_neighbours
 from stages.pool_blocks import Block
 from stages.row_scores import NUMBERS, VECTORS, check_type
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 
-FOUND = "found"  # the pass that load() reads
 LEAST_SCORE = 1e-7  # of a shifted score, as in the authors' code
-TYPES = {"score": pa.int64()}
 
 
 @dataclass(frozen=True)
-class D2(Stage):
+class D2(FittedStage):
     """How many rows D2 picks after this one: `top: {column: d2_score, fraction: 0.3}` is D2 pruning at 30 %.
 
     s = max(score + shift, 1e-7); NN(i) are the nearest other rows of row i by the squared distance d, the sum of
@@ -75,10 +73,8 @@ class D2(Stage):
     seed: Annotated[int, Field(ge=0)] = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"d2_score": "int64"}
-    whole_pool: ClassVar[bool] = True
-    batch_size: ClassVar[int] = 4096
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"score": pa.int64()}
 
     def __post_init__(self) -> None:
         if len(set(self.embeddings)) < len(self.embeddings):
@@ -87,10 +83,6 @@ class D2(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.embeddings, self.score)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
         for column in self.embeddings:
@@ -104,13 +96,6 @@ class D2(Stage):
         passes.run(FOUND, write_picks, [(points, neighbours, self, shard_starts(blocks))])
         return {**facts, SHARDS: shard_names(blocks)}
 
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        return {"d2_score": state.of(batch)["score"]}
-
 
 def write_picks(points: Pass, neighbours: Pass, stage: D2, starts: np.ndarray, path: str) -> None:
     """None; writes (row in the shard, score) of all points, by shard.
@@ -121,7 +106,7 @@ def write_picks(points: Pass, neighbours: Pass, stage: D2, starts: np.ndarray, p
     """
     table, pairs = exchange.read(points.paths), exchange.read(neighbours.paths)
     if table is None:
-        write_by_shard(path, np.empty(0, np.uint64), {"score": np.empty(0, np.int64)}, starts)
+        exchange.write(path, {})
         return
     row, high, low, score = (table[name].to_numpy() for name in ("row", "high", "low", "score"))
     rank = np.empty(len(row), np.int64)

@@ -17,23 +17,21 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Stage
 from stages.kmeans import TILE_ROWS, add_by_cluster, read_sums
 from stages.pool_blocks import Block
 from stages.selection.strategies import exact_count
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 from stages.unit_vectors import Vectors, concatenate, packed, pieces, read_vectors, unit, unpacked
 
-FOUND = "found"  # the pass that load() reads
 PIECE_ROWS = 250_000  # rows whose vectors a task holds, unless a shard has more
 PARTITION_ROWS = 1_000_000  # about as many rows of whole clusters are sorted by one task
 MOST_CLUSTERS = 1_000_000
 DISTANCE_GRID = 2.0**32  # distances are rounded to multiples of 1 / this, so that sums of a billion are exact
-TYPES = {"kept": pa.bool_(), "rank": pa.int32()}
 
 
 @dataclass(frozen=True)
-class DensityPruning(Stage):
+class DensityPruning(FittedStage):
     """Whether the row is kept, and its place in its cluster, from the one farthest from the centroid (0).
 
     Complexity of cluster j: C_j = d_intra * d_inter, the mean cosine distance (1 - cosine) of its rows to its centroid,
@@ -71,10 +69,8 @@ class DensityPruning(Stage):
     neighbours: Annotated[int, Field(ge=1)] = 20
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"density_kept": "bool", "density_rank": "int32"}
-    whole_pool: ClassVar[bool] = True
-    batch_size: ClassVar[int] = 4096
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"kept": pa.bool_(), "rank": pa.int32()}
 
     @property
     def cluster_column(self) -> str:
@@ -84,10 +80,6 @@ class DensityPruning(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.embedding, self.cluster_column)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
         if types[self.cluster_column] != "int32":
@@ -110,14 +102,6 @@ class DensityPruning(Stage):
         items = [(members, quota, number, starts) for number in range(num_partitions)]
         found = passes.run(FOUND, write_ranks, items)
         return {**exchange.read_notes(quota.paths), **exchange.read_notes(found.paths), SHARDS: shard_names(blocks)}
-
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        found = state.of(batch)
-        return {f"density_{name}": found[name] for name in TYPES}
 
 
 def _clustered(block: Block, stage: DensityPruning) -> tuple[Vectors, np.ndarray]:
@@ -153,7 +137,7 @@ def write_centroids(sums: Pass, path: str) -> None:
     """
     tables = [table for one in sums.paths if (table := exchange.read([one])) is not None]
     if not tables:
-        exchange.write(path, {"cluster": np.empty(0, np.int64), "count": np.empty(0, np.int64)})
+        exchange.write(path, {})
         return
     lengths = sorted({unpacked(table["sum"], np.float64).shape[1] for table in tables})
     if len(lengths) > 1:
@@ -171,7 +155,7 @@ def write_members(block: Block, stage: DensityPruning, centroids: Pass, num_part
     """None; writes (row, high, low, place of the cluster, distance from it) of the block's rows, by cluster."""
     vectors, cluster = _clustered(block, stage)
     distance = np.empty(len(vectors))
-    place = cluster
+    place = partition = cluster
     if len(vectors):
         table = exchange.read(centroids.paths)
         centres = unpacked(table["centroid"], np.float64)
@@ -180,17 +164,14 @@ def write_members(block: Block, stage: DensityPruning, centroids: Pass, num_part
             own = slice(start, start + TILE_ROWS)
             distance[own] = 1 - np.einsum("ij,ij->i", unit(vectors.vector[own]), centres[place[own]])
         partition = place * num_partitions // len(centres)
-    else:
-        partition = place
-    columns = {"row": vectors.row, "high": vectors.uid[:, 0], "low": vectors.uid[:, 1]}
-    exchange.write(path, {**columns, "cluster": place, "distance": distance}, partition)
+    exchange.write(path, {**vectors.columns(), "cluster": place, "distance": distance}, partition)
 
 
 def write_quota(stage: DensityPruning, members: Pass, centroids: Pass, path: str) -> None:
     """None; writes [k] how many rows of each cluster are kept."""
     table = exchange.read(centroids.paths)
     if table is None:
-        exchange.write(path, {"kept": np.empty(0, np.int64)}, notes={"clusters": 0, "rows_with_clusters": 0})
+        exchange.write(path, {}, notes={"clusters": 0, "rows_with_clusters": 0})
         return
     counts = table["count"].to_numpy()
     total = np.zeros(len(counts), np.int64)
@@ -262,8 +243,7 @@ def write_ranks(members: Pass, quota: Pass, partition: int, starts: np.ndarray, 
     """None; writes (row in the shard, kept, rank) of the partition's rows, by shard."""
     table = exchange.read(members.paths, partition)
     if table is None:
-        none = {name: pa.array([], kind) for name, kind in TYPES.items()}
-        write_by_shard(path, np.empty(0, np.uint64), none, starts, {"kept_rows": 0})
+        exchange.write(path, {}, notes={"kept_rows": 0})
         return
     row, high, low, cluster, distance = (table[name].to_numpy() for name in table.column_names)
     order = np.lexsort((low, high, -distance, cluster))

@@ -12,6 +12,7 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.passes import Pass, Passes
 from stages.duplicates.groups import DuplicateStage, group_columns
+from stages.nearest_neighbours import place_in_run
 from stages.pool_blocks import Block
 from stages.unit_vectors import Vectors, concatenate, float32_error, pieces, read_vectors, unit
 
@@ -148,12 +149,6 @@ class _Best:
         row, other, cosine = row[order], other[order], cosine[order]
         kept = place_in_run(row) < self._top_k
         return row[kept], other[kept], cosine[kept]
-
-
-def place_in_run(values: np.ndarray) -> np.ndarray:
-    """[n] int64: how many equal values come right before each one."""
-    starts = np.flatnonzero(np.diff(values, prepend=~values[:1]))
-    return np.arange(len(values)) - np.repeat(starts, np.diff(starts, append=len(values)))
 
 
 def write_edges(near: Pass, number: int, top_k: int, path: str) -> None:

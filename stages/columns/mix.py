@@ -23,10 +23,10 @@ from pipeline.core.log import logger
 from pipeline.core.passes import Pass, Passes
 from stages.base import Batch, LoadContext, Stage
 from stages.pool_blocks import Block
+from stages.row_scores import NUMBERS, check_type
 
 FACTORS = "factors"  # the pass that load() reads
 GROUPED_BY = ("string", "bool", "int32", "int64")
-WEIGHTED_BY = ("int32", "int64", "float32", "float64")
 DROPPED_BITS = 12  # of a float32: 11 of the mantissa are kept
 LARGEST_KEY = 0x7F7FF  # of a finite number
 SMALLEST = 2.0**-149  # float32 numbers are whole multiples of it
@@ -73,12 +73,9 @@ class Mix(Stage):
         return tuple(dict.fromkeys(filter(None, (self.column, self.weight_by))))
 
     def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
-        for parameter, column, kinds in (
-            ("column", self.column, GROUPED_BY),
-            ("weight_by", self.weight_by, WEIGHTED_BY),
-        ):
-            if column and types[column] not in kinds:
-                raise ConfigError(f"{parameter} = {column} of type {types[column]}, expected {' or '.join(kinds)}")
+        check_type("column", self.column, types[self.column], GROUPED_BY)
+        if self.weight_by:
+            check_type("weight_by", self.weight_by, types[self.weight_by], NUMBERS)
         for value in self.shares:
             if types[self.column] == "bool" and value not in ("true", "false"):
                 raise ConfigError(f"shares.{value}: no value of {self.column}, expected true or false")

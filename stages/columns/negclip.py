@@ -17,24 +17,21 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
 from stages.pool_blocks import Block
 from stages.selection import uids
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
-from stages.task_device import narrow, task_device, tile_rows
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
+from stages.task_device import narrow, task_device
 from stages.unit_vectors import CACHED_ROWS, Vectors, concatenate, packed, pieces, read_vectors, unit, unpacked
 
-FOUND = "found"  # the pass that load() reads
 DEAL_STREAM = 31  # of the seed: see uids.hash64
 PIECE_ROWS = 65_536  # rows whose vectors a task deals, unless a shard has more
 TASK_ROWS = 65_536  # about as many rows of whole batches are scored by one task, unless a batch has more
 TILE_ROWS = {"cpu": 256, "cuda": 8192}  # images that are compared with all captions of a batch at once
 LEAST_SUM = 1e-26  # of exponentials, about e^-60: what is lost then is a millionth of a millionth of it
-TYPES = {"score": pa.float32()}
 
 
 @dataclass(frozen=True)
-class NegClip(Stage):
+class NegClip(FittedStage):
     """negclip_score: a pair's cosine less half of both log-sum-exps of the cosines with a random batch.
 
         s_i = <f_i, g_i> - t/2 (log sum_j exp(<f_i, g_j> / t) + log sum_j exp(<f_j, g_i> / t)),    t = temperature
@@ -74,10 +71,8 @@ class NegClip(Stage):
     seed: Annotated[int, Field(ge=0)] = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"negclip_score": "float32"}
-    whole_pool: ClassVar[bool] = True
-    batch_size: ClassVar[int] = 4096
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"score": pa.float32()}
 
     def __post_init__(self) -> None:
         if self.image == self.text:
@@ -86,10 +81,6 @@ class NegClip(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.image, self.text)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def fit(self, blocks: Sequence[Block], passes: Passes) -> Mapping[str, Any]:
         """{rows_with_vectors, batches of a round}; a file of scores for each piece of the pool."""
@@ -111,13 +102,6 @@ class NegClip(Stage):
         notes = exchange.read_notes(found.paths)
         num_batches = exchange.read_notes(scored[0].paths)["batches"]
         return {**notes, "batches": num_batches, SHARDS: shard_names(blocks)}
-
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        return {"negclip_score": state.of(batch)["score"]}
 
 
 def read_pairs(block: Block, image: str, text: str) -> tuple[Vectors, np.ndarray]:
@@ -147,8 +131,7 @@ def write_dealt(block: Block, stage: NegClip, number: int, num_partitions: int, 
     rounds = np.full(len(pairs), number, np.uint64)
     hashes = uids.hash64(pairs.uid, stage.seed, DEAL_STREAM, rounds)
     partition = exchange.by_hash(hashes, num_partitions)
-    columns = {"row": pairs.row, "hash": hashes, "high": pairs.uid[:, 0], "low": pairs.uid[:, 1]}
-    columns |= {"image": packed(pairs.vector), "text": packed(text)}
+    columns = {**pairs.columns(), "hash": hashes, "image": packed(pairs.vector), "text": packed(text)}
     numbers, counts = np.unique(partition, return_counts=True)
     notes = dict(zip(map(str, numbers.tolist()), counts.tolist(), strict=True))
     exchange.write(path, columns, partition, notes)
@@ -224,7 +207,7 @@ def batch_scores(image: np.ndarray, text: np.ndarray, temperature: float) -> np.
 
     device = task_device()
     scaled_BD, text_BD = narrow(image, device) / temperature, narrow(text, device)
-    tile = tile_rows(device, TILE_ROWS)
+    tile = TILE_ROWS[device.type]
     by_image = torch.empty(len(image), dtype=torch.float64, device=device)
     by_text = torch.full_like(by_image, -torch.inf)
     for start in range(0, len(image), tile):

@@ -17,23 +17,21 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages import tensor_files
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Stage
 from stages.pool_blocks import Block
 from stages.second_moment import SecondMoment, quadratic_forms
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
-from stages.task_device import narrow, task_device, tile_rows
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
+from stages.targets import Targets, list_targets
+from stages.task_device import narrow, task_device
 from stages.unit_vectors import CACHED_ROWS, concatenate, packed, pieces, read_vectors, unit, unpacked
 
-FOUND = "found"  # the pass that load() reads
 PIECE_ROWS = 65_536  # rows whose vectors a task holds, unless a shard has more
 TARGET_ROWS = 16_384  # targets that are held at once
 TILE_ROWS = {"cpu": 512, "cuda": 16_384}  # rows that are compared with all these at once
-TYPES = {"2": pa.float32(), "inf": pa.float32()}
 
 
 @dataclass(frozen=True)
-class NormSim(Stage):
+class NormSim(FittedStage):
     """normsim_2: ||F f||_2, and normsim_inf: the largest |<t, f>|; F has the target vectors t as rows, f is the row's.
 
     All vectors are taken at length 1. As in the published code the largest *absolute* cosine counts. VAS, f^T S f with
@@ -67,23 +65,20 @@ class NormSim(Stage):
     norms: Annotated[tuple[Literal[2, "inf"], ...], Field(strict=False, min_length=1)] = (2, "inf")
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"normsim_2": "float32", "normsim_inf": "float32"}
-    whole_pool: ClassVar[bool] = True
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"2": pa.float32(), "inf": pa.float32()}
     uses_references: ClassVar[bool] = True
     assets: ClassVar[Mapping[str, str]] = {
         "target_features": "ImageNet's training images by CLIP ViT-L/14 are in1k_clip_vit_l14_{0..4}.pt at "
         "https://github.com/sagadre/datacomp_baseline_assets"
     }
-    batch_size: ClassVar[int] = 4096
+
+    def empty_columns(self) -> Mapping[str, str]:
+        return {f"normsim_{norm}": f"norms has no {norm}" for norm in (2, "inf") if norm not in self.norms}
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.embedding,)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def external_files(self) -> Mapping[str, str]:
         return {f"target_features.{number}": path for number, path in enumerate(self.target_features)}
@@ -98,11 +93,8 @@ class NormSim(Stage):
         """{rows_with_vectors, targets}; a file of both norms for each piece of the pool."""
         work = passes.work()
         parts = pieces(blocks, PIECE_ROWS)
-        sources: list[tuple[str, Block | None]] = [
-            (name, block) for name in sorted(references) for block in pieces(references[name], PIECE_ROWS)
-        ]
-        sources += [(path, None) for path in self.target_features]
-        targets = work.run("targets", write_targets, [(*one, self.embedding) for one in sources])
+        given = list_targets(references, self.target_features, PIECE_ROWS)
+        targets = work.run("targets", write_targets, [(one, self.embedding) for one in given])
         num_targets = exchange.read_notes(targets.paths).get("targets", 0)
         if not num_targets:
             named = ", ".join([*self.against, *self.target_features]) or "against and target_features are empty"
@@ -115,32 +107,16 @@ class NormSim(Stage):
         if "inf" in self.norms:
             items = [(block, self.embedding, path) for block in parts for path in targets.paths]
             paths = iter(work.run("largest", write_largest, items).paths)
-            largest = [[next(paths) for _ in sources] for _ in parts]
+            largest = [[next(paths) for _ in given] for _ in parts]
         starts = shard_starts(blocks)
         items = [(block, self, summed, own, starts) for block, own in zip(parts, largest, strict=True)]
         found = passes.run(FOUND, write_norms, items)
         return {**exchange.read_notes(found.paths), "targets": num_targets, SHARDS: shard_names(blocks)}
 
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
 
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        found = state.of(batch)
-        return {f"normsim_{name}": found[name] for name in TYPES}
-
-
-def write_targets(source: str, block: Block | None, column: str, path: str) -> None:
-    """None; writes (target), float32 vectors as they are, TARGET_ROWS in a partition; its notes count them.
-
-    Args:
-        source: the reference of the block; without one, a file of vectors.
-    """
-    if block is None:
-        rows = tensor_files.read_rows(source)
-        rows = rows[np.einsum("ij,ij->i", rows, rows, dtype=np.float64, casting="safe") > 0]
-    else:
-        rows = concatenate(list(read_vectors(block, column))).vector.astype(np.float32)
+def write_targets(targets: Targets, column: str, path: str) -> None:
+    """None; writes (target), float32 vectors as they are, TARGET_ROWS in a partition; its notes count them."""
+    rows = targets.read(column).astype(np.float32)
     partition = np.arange(len(rows)) // TARGET_ROWS
     notes = {"targets": len(rows), "partitions": -(-len(rows) // TARGET_ROWS)}
     exchange.write(path, {"target": packed(rows)}, partition, notes)
@@ -199,7 +175,7 @@ def write_largest(block: Block, column: str, targets_path: str, path: str) -> No
     device = task_device()
     rows = concatenate(list(read_vectors(block, column))).vector
     found = np.zeros(len(rows))
-    tile = tile_rows(device, TILE_ROWS)
+    tile = TILE_ROWS[device.type]
     narrow_rows = narrow(rows, device)
     for targets in read_targets(targets_path) if len(rows) else ():
         _check_length(targets.shape[1], rows.shape[1])
@@ -226,7 +202,7 @@ def write_norms(
         starts: see stages.shard_values.shard_starts.
     """
     vectors = concatenate(list(read_vectors(block, stage.embedding)))
-    columns: dict[str, Any] = {name: pa.nulls(len(vectors), kind) for name, kind in TYPES.items()}
+    columns: dict[str, Any] = {name: pa.nulls(len(vectors), kind) for name, kind in stage.found_types.items()}
     if summed and len(vectors):
         moment = _read_moment(summed.path(0))
         assert moment is not None  # there are targets

@@ -18,25 +18,22 @@ from pydantic import Field
 from pipeline.core import exchange
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
 from stages.pool_blocks import Block
 from stages.second_moment import SecondMoment, quadratic_forms
 from stages.selection.strategies import exact_count
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 from stages.unit_vectors import concatenate, packed, pieces, read_vectors, unpacked
 
-FOUND = "found"  # the pass that load() reads
 PIECE_ROWS = 250_000  # rows whose vectors a task holds while it copies them, unless a shard has more
 ROUNDS_A_TASK = 24  # after which a killed run goes on
 MORE_ROWS = 4096  # whose scores are looked at together once the first ones are
 SLACK = 1e-6  # of the number of rows left: far more than all rounding of scores and bounds
 FRACTION = 0.5
 GATHERED_ROWS = 16_384  # whose vectors are in memory at once
-TYPES = {"kept": pa.bool_(), "round": pa.int32()}
 
 
 @dataclass(frozen=True)
-class NormSimD(Stage):
+class NormSimD(FittedStage):
     """Whether the row is among those left, and the round that dropped it (from 1); those left have the next number.
 
     A round scores each row left by f^T S f, f its vector at length 1 and S = sum f f^T over the rows left, and drops
@@ -71,10 +68,8 @@ class NormSimD(Stage):
     iterations: Annotated[int, Field(ge=1, le=100_000)] = 168
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"normsim_d_kept": "bool", "normsim_d_round": "int32"}
-    whole_pool: ClassVar[bool] = True
-    batch_size: ClassVar[int] = 4096
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"kept": pa.bool_(), "round": pa.int32()}
 
     def __post_init__(self) -> None:
         if self.rows is not None and self.fraction != FRACTION:
@@ -83,10 +78,6 @@ class NormSimD(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.embedding,)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def target(self, num_rows: int) -> int:
         """How many of the rows are left."""
@@ -108,20 +99,11 @@ class NormSimD(Stage):
         found = passes.run(FOUND, write_found, [(copied, done, shard_starts(blocks))])
         return {**exchange.read_notes(found.paths), SHARDS: shard_names(blocks)}
 
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        found = state.of(batch)
-        return {f"normsim_d_{name}": found[name] for name in TYPES}
-
 
 def write_copied(block: Block, column: str, path: str) -> None:
     """None; writes (row, high, low, vector) of the block's rows with a vector."""
     vectors = concatenate(list(read_vectors(block, column)))
-    columns = {"row": vectors.row, "high": vectors.uid[:, 0], "low": vectors.uid[:, 1]}
-    exchange.write(path, {**columns, "vector": packed(vectors.vector)})
+    exchange.write(path, {**vectors.columns(), "vector": packed(vectors.vector)})
 
 
 def write_moment(copied_path: str, path: str) -> None:

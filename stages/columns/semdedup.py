@@ -16,24 +16,21 @@ from pydantic import Field
 
 from pipeline.core import exchange
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
 from stages.kmeans import Centroids, KMeans, choose_clusters, read_centroids
 from stages.pool_blocks import Block, num_ok_rows
 from stages.selection import uids
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
-from stages.unit_vectors import packed, pieces, unit, unpacked
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
+from stages.unit_vectors import Gathered, packed, pieces, unit, unpacked
 
-FOUND = "found"  # the pass that load() reads
 ORDER_STREAM = 22  # of the seed: see uids.hash64
 PIECE_ROWS = 250_000  # rows whose vectors a task holds, unless a shard has more
 PARTITION_ROWS = 250_000  # about as many rows of whole clusters are compared by one task
 TILE_ROWS = 1024
 NO_EARLIER = -1.0
-TYPES = {"cluster": pa.int32(), "centroid_cosine": pa.float32(), "similarity": pa.float32()}
 
 
 @dataclass(frozen=True)
-class SemDeDup(Stage):
+class SemDeDup(FittedStage):
     """The row's cluster, its cosine with the centroid, and its highest cosine with an earlier row of the cluster.
 
     SemDeDup's rule with its epsilon is `where: [semdedup_similarity <= X]`, X = 1 - epsilon: nothing is computed again
@@ -64,13 +61,16 @@ class SemDeDup(Stage):
     iterations: Annotated[int, Field(ge=1)] = 20
 
     version: ClassVar[int] = 2
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {
         "semdedup_cluster": "int32",
         "semdedup_centroid_cosine": "float32",
         "semdedup_similarity": "float32",
     }
-    whole_pool: ClassVar[bool] = True
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {
+        "cluster": pa.int32(),
+        "centroid_cosine": pa.float32(),
+        "similarity": pa.float32(),
+    }
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -92,23 +92,13 @@ class SemDeDup(Stage):
         found = passes.run(FOUND, write_similarities, items)
         return {**exchange.read_notes(found.paths), SHARDS: shard_names(blocks)}
 
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        found = state.of(batch)
-        return {f"semdedup_{name}": found[name] for name in TYPES}
-
 
 def write_members(block: Block, column: str, centroids: Pass, num_partitions: int, path: str) -> None:
     """None; writes (row, high, low, cluster, cosine with its centroid, vector) of the block's rows, by cluster."""
     centres = read_centroids(centroids)
     vectors, cluster, cosine = Centroids(centres, "cosine").assigned(block, column)
     columns = {
-        "row": vectors.row,
-        "high": vectors.uid[:, 0],
-        "low": vectors.uid[:, 1],
+        **vectors.columns(),
         "cluster": cluster,
         "cosine": cosine,
         "vector": packed(vectors.vector),
@@ -125,14 +115,13 @@ def write_similarities(members: Pass, partition: int, keep: str, seed: int, star
     """
     tables = [table for one in members.paths if (table := exchange.read([one], partition)) is not None]
     if not tables:
-        none = np.empty(0, np.uint64)
-        write_by_shard(path, none, {name: pa.array([], kind) for name, kind in TYPES.items()}, starts, _counts(0, 0))
+        exchange.write(path, {}, notes={"clusters": 0, "rows_with_vectors": 0})
         return
     row, high, low, cluster, cosine = (
         np.concatenate([table[name].to_numpy() for table in tables])
         for name in ("row", "high", "low", "cluster", "cosine")
     )
-    vectors = _Gathered([unpacked(table["vector"]) for table in tables])
+    vectors = Gathered([unpacked(table["vector"]) for table in tables])
     first = {
         "hard": lambda: cosine,
         "easy": lambda: -cosine,
@@ -145,27 +134,7 @@ def write_similarities(members: Pass, partition: int, keep: str, seed: int, star
         places = order[start:end]
         similarity[places] = earlier_cosines(lambda a, b, places=places: vectors.take(places[a:b]), len(places))
     columns = {"cluster": cluster, "centroid_cosine": cosine, "similarity": similarity}
-    write_by_shard(path, row, columns, starts, _counts(len(bounds) - 1, len(row)))
-
-
-def _counts(num_clusters: int, num_rows: int) -> dict[str, int]:
-    return {"clusters": num_clusters, "rows_with_vectors": num_rows}
-
-
-class _Gathered:
-    """Vectors in several arrays, mapped from files, as if in one."""
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = parts
-        self._starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        found = np.empty((len(places), self._parts[0].shape[1]), self._parts[0].dtype)
-        where = np.searchsorted(self._starts, places, side="right") - 1
-        for number in np.unique(where):
-            own = np.flatnonzero(where == number)
-            found[own] = self._parts[number][places[own] - self._starts[number]]
-        return found
+    write_by_shard(path, row, columns, starts, {"clusters": len(bounds) - 1, "rows_with_vectors": len(row)})
 
 
 def earlier_cosines(read: Callable[[int, int], np.ndarray], num_rows: int) -> np.ndarray:

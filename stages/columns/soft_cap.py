@@ -15,23 +15,21 @@ from pydantic import Field
 
 from pipeline.core import exchange
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Stage
 from stages.compiled import Compiled
 from stages.pool_blocks import Block
-from stages.row_scores import NUMBERS, check_type, read_scores
+from stages.row_scores import NUMBERS, check_type, read_scores, write_scores
 from stages.selection import uids
 from stages.selection.strategies import exact_count
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 
-FOUND = "found"  # the pass that load() reads
 DRAW_STREAM = 23  # of the seed: see uids.hash64
 PUBLISHED_ROUNDS = 1280  # 128,000,000 draws at 100,000 a round
 SCREEN_ROWS = 1 << 20  # whose screens are computed at once
-TYPES = {"draws": pa.int32()}
 
 
 @dataclass(frozen=True)
-class SoftCap(Stage):
+class SoftCap(FittedStage):
     """How often the row is drawn by soft-cap sampling (SCS). As a strategy: `repeat: {column: soft_cap_draws, cap: N}`.
 
     Round after round, `round_draws` different rows are drawn, one after the other, each with a probability in
@@ -64,18 +62,12 @@ class SoftCap(Stage):
     seed: Annotated[int, Field(ge=0)] = 0
 
     version: ClassVar[int] = 1
-    reads: ClassVar[str] = "columns"
     adds: ClassVar[Mapping[str, str]] = {"soft_cap_draws": "int32"}
-    whole_pool: ClassVar[bool] = True
-    batch_size: ClassVar[int] = 4096
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {"draws": pa.int32()}
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.score,)
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
         check_type("score", self.score, types[self.score], NUMBERS)
@@ -86,28 +78,17 @@ class SoftCap(Stage):
         found = passes.run(FOUND, write_draws, [(scored, self, shard_starts(blocks))])
         return {**exchange.read_notes(found.paths), SHARDS: shard_names(blocks)}
 
-    def load(self, context: LoadContext) -> Any:
-        """Reads the values of a shard's rows."""
-        return ShardValues(context.fit_path or "", FOUND, TYPES)
-
-    def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
-        return {"soft_cap_draws": state.of(batch)["draws"]}
-
 
 def write_scored(block: Block, column: str, path: str) -> None:
     """None; writes (row, high, low, score) of the block's rows with a score."""
-    parts = list(read_scores(block, column))
-    uid = np.concatenate([part.uid for part in parts])
-    row, score = (np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "score"))
-    exchange.write(path, {"row": row, "high": uid[:, 0], "low": uid[:, 1], "score": score})
+    write_scores(path, read_scores(block, column))
 
 
 def write_draws(scored: Pass, stage: SoftCap, starts: np.ndarray, path: str) -> None:
     """None; writes (row in the shard, draws) of all rows with a score, by shard."""
     table = exchange.read(scored.paths)
     if table is None:
-        notes = {"rows_with_scores": 0, "rounds": 0, "draws": 0}
-        write_by_shard(path, np.empty(0, np.uint64), {"draws": np.empty(0, np.int32)}, starts, notes)
+        exchange.write(path, {}, notes={"rows_with_scores": 0, "rounds": 0, "draws": 0})
         return
     row, high, low, score = (table[name].to_numpy() for name in ("row", "high", "low", "score"))
     by_uid = np.lexsort((low, high))  # then the first of equal ones is that of the lowest uid

@@ -17,14 +17,13 @@ import pyarrow as pa
 from pipeline.core import exchange
 from pipeline.core.errors import ConfigError
 from pipeline.core.passes import Pass, Passes
-from stages.base import Batch, LoadContext, Stage
+from stages.base import Batch, Stage
 from stages.duplicates.components import components
 from stages.pool_blocks import Block
 from stages.selection import uids
-from stages.shard_values import SHARDS, ShardValues, shard_names, shard_starts, write_by_shard
+from stages.shard_values import SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
 
 GROUPS = "groups"  # the pass that load() reads
-TYPES = {"group": pa.string(), "size": pa.int32(), "is_duplicate": pa.bool_(), "survivor": pa.string()}
 PARTITION_ROWS = 4_000_000  # rows with duplicates that are put in order in memory at once: about 100 bytes each
 
 
@@ -39,7 +38,7 @@ def group_columns(prefix: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class DuplicateStage(Stage):
+class DuplicateStage(FittedStage):
     """Four columns: group (the lowest uid in it), group size, whether the row is a duplicate, and the survivor's uid.
 
     A row without duplicates has no group and no survivor, and size 1. Nothing is ever deleted: a strategy says
@@ -48,9 +47,13 @@ class DuplicateStage(Stage):
 
     keep: str = ""  # the numeric column whose highest value survives; empty: the lowest uid does
 
-    reads: ClassVar[str] = "columns"
-    whole_pool: ClassVar[bool] = True
-    batch_size: ClassVar[int] = 4096
+    found_in: ClassVar[str] = GROUPS
+    found_types: ClassVar[Mapping[str, pa.DataType]] = {
+        "group": pa.string(),
+        "size": pa.int32(),
+        "is_duplicate": pa.bool_(),
+        "survivor": pa.string(),
+    }
 
     def find_edges(self, blocks: Sequence[Block], passes: Passes) -> tuple[list[Pass], dict[str, Any]]:
         """Passes of (a, b), uint64 numbers of rows that are duplicates of each other; and facts about them."""
@@ -63,10 +66,6 @@ class DuplicateStage(Stage):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return (*self.compared(), *([self.keep] if self.keep else []))
-
-    @property
-    def needs_in_process(self) -> tuple[str, ...]:
-        return ()
 
     def check_needs(self, types: Mapping[str, str], owners: Mapping[str, Stage]) -> None:
         if self.keep and types[self.keep] not in ("int32", "int64", "float32"):
@@ -82,9 +81,6 @@ class DuplicateStage(Stage):
         starts = shard_starts(blocks)
         groups = passes.run(GROUPS, write_groups, [(members, number, starts) for number in range(num_partitions)])
         return {**facts, **exchange.read_notes(groups.paths), "component_rounds": rounds, SHARDS: shard_names(blocks)}
-
-    def load(self, context: LoadContext) -> Any:
-        return ShardValues(context.fit_path or "", GROUPS, TYPES)
 
     def process(self, batch: Batch, state: Any) -> Mapping[str, Sequence]:
         found = state.of(batch)
@@ -131,8 +127,7 @@ def write_groups(members: Pass, partition: int, starts: np.ndarray, path: str) -
     """
     table = exchange.read(members.paths, partition)
     if table is None:
-        nothing = {name: pa.array([], kind) for name, kind in TYPES.items()}
-        write_by_shard(path, np.empty(0, np.uint64), nothing, starts, _counts(0, 0))
+        exchange.write(path, {}, notes={"groups": 0, "duplicates": 0})
         return
     row, label, high, low, value = (table[name].to_numpy() for name in ("row", "label", "high", "low", "value"))
     order = np.lexsort((low, high, np.where(np.isnan(value), np.inf, -value), label))
@@ -150,8 +145,4 @@ def write_groups(members: Pass, partition: int, starts: np.ndarray, path: str) -
         "is_duplicate": duplicate,
         "survivor": uids.text(survivor),
     }
-    write_by_shard(path, row, columns, starts, _counts(len(heads), int(duplicate.sum())))
-
-
-def _counts(num_groups: int, num_duplicates: int) -> dict[str, int]:
-    return {"groups": num_groups, "duplicates": num_duplicates}
+    write_by_shard(path, row, columns, starts, {"groups": len(heads), "duplicates": int(duplicate.sum())})
