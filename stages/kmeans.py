@@ -154,10 +154,7 @@ def write_sampled(path: str, parts: Iterable[Vectors], seed: int, stream: int, h
 def write_start(sample: Pass, kmeans: KMeans, path: str) -> None:
     """None; writes the centroids that the training starts from, the vectors of the rows with the lowest hashes."""
     keys, vectors, sampled, exponent = np.empty((0, 3), np.uint64), None, 0, 0
-    for one in sample.paths:
-        table = exchange.read([one])
-        if table is None:
-            continue
+    for table in exchange.read_each(sample.paths):
         largest = int(table["exponent"].to_numpy().max())
         exponent = max(exponent, largest) if sampled else largest
         sampled += len(table)
@@ -206,12 +203,10 @@ def write_sums(paths: Sequence[str], centroids: Pass, metric: Metric, path: str)
 
 def read_sums(paths: Sequence[str], sums: np.ndarray, counts: np.ndarray) -> None:
     """None; adds what write_sums wrote to the [k, d] float64 sums and [k] int64 counts."""
-    for one in paths:
-        table = exchange.read([one])
-        if table is not None:
-            cluster = table["cluster"].to_numpy()
-            sums[cluster] += unpacked(table["sum"], np.float64)
-            counts[cluster] += table["count"].to_numpy()
+    for table in exchange.read_each(paths):
+        cluster = table["cluster"].to_numpy()
+        sums[cluster] += unpacked(table["sum"], np.float64)
+        counts[cluster] += table["count"].to_numpy()
 
 
 def write_centroids(sums: Pass, before: Pass, metric: Metric, path: str) -> None:

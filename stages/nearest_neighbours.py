@@ -207,7 +207,7 @@ def write_near(
     Args:
         starts: [parts] uint64, first rows of the pool's parts.
     """
-    tables = [table for one in dealt.paths if (table := exchange.read([one], partition)) is not None]
+    tables = list(exchange.read_each(dealt.paths, partition))
     best = _Best(search.neighbours)
     if tables:
         row, high, low = (

@@ -8,7 +8,7 @@ and works the same on a disk and on an object store. Files are Arrow IPC, one re
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,11 @@ def read(paths: Sequence[str], partition: int | None = None) -> pa.Table | None:
             batches = [file.get_batch(index) for index in wanted]
             tables.append(pa.Table.from_batches(batches).replace_schema_metadata())
     return pa.concat_tables(tables).combine_chunks() if tables else None
+
+
+def read_each(paths: Sequence[str], partition: int | None = None) -> Iterator[pa.Table]:
+    """As read, file by file, without the files that have no such row."""
+    return (table for path in paths if (table := read([path], partition)) is not None)
 
 
 def num_rows(paths: Sequence[str]) -> int:

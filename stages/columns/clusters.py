@@ -179,20 +179,16 @@ def write_counts(members: Pass, targets: Pass | None, centroids: Pass, path: str
     """None; writes (rows, targets) of every cluster, the second null where there are no targets to count."""
     num_clusters = len(read_centroids(centroids))
     rows, hits = np.zeros(num_clusters, np.int64), np.zeros(num_clusters, np.int64)
-    for one in members.paths:
-        table = exchange.read([one])
-        if table is not None:
-            rows += np.bincount(table["cluster"].to_numpy(), minlength=num_clusters)
+    for table in exchange.read_each(members.paths):
+        rows += np.bincount(table["cluster"].to_numpy(), minlength=num_clusters)
     notes = {
         "clusters": num_clusters,
         "clusters_with_rows": int((rows > 0).sum()),
         "rows_with_vectors": int(rows.sum()),
     }
     if targets is not None:
-        for one in targets.paths:
-            table = exchange.read([one])
-            if table is not None:
-                hits[table["cluster"].to_numpy()] += table["count"].to_numpy()
+        for table in exchange.read_each(targets.paths):
+            hits[table["cluster"].to_numpy()] += table["count"].to_numpy()
         if num_clusters and not hits.any():
             raise WinnowError("clusters: no target has a vector, expected some")
         notes |= {

@@ -135,7 +135,7 @@ def write_centroids(sums: Pass, path: str) -> None:
 
     Where rows cancel out there is no mean direction; any will do, and it is the first axis.
     """
-    tables = [table for one in sums.paths if (table := exchange.read([one])) is not None]
+    tables = list(exchange.read_each(sums.paths))
     if not tables:
         exchange.write(path, {})
         return
@@ -175,11 +175,9 @@ def write_quota(stage: DensityPruning, members: Pass, centroids: Pass, path: str
         return
     counts = table["count"].to_numpy()
     total = np.zeros(len(counts), np.int64)
-    for one in members.paths:
-        part = exchange.read([one])
-        if part is not None:
-            steps = np.rint(part["distance"].to_numpy() * DISTANCE_GRID).astype(np.int64)
-            np.add.at(total, part["cluster"].to_numpy(), steps)
+    for part in exchange.read_each(members.paths):
+        steps = np.rint(part["distance"].to_numpy() * DISTANCE_GRID).astype(np.int64)
+        np.add.at(total, part["cluster"].to_numpy(), steps)
     intra = total / DISTANCE_GRID / counts
     inter = mean_neighbour_distances(unpacked(table["centroid"], np.float64), stage.neighbours)
     kept = quotas(intra * inter, counts, exact_count(stage.fraction, int(counts.sum())), stage.temperature)

@@ -145,10 +145,8 @@ def write_counts(block: Block, metadata: str, path: str) -> None:
 def write_totals(counts: Pass, number: int, first: int, num_entries: int, path: str) -> None:
     """None; writes (count): of each entry of a range the rows of the pool that have it."""
     total = np.zeros(num_entries, np.int64)
-    for one in counts.paths:
-        table = exchange.read([one], number)
-        if table is not None:
-            total[table["entry"].to_numpy() - first] += table["count"].to_numpy()  # each once a file
+    for table in exchange.read_each(counts.paths, number):
+        total[table["entry"].to_numpy() - first] += table["count"].to_numpy()  # each once a file
     exchange.write(path, {"count": total})
 
 

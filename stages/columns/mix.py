@@ -204,10 +204,9 @@ def _added(counts: np.ndarray) -> np.ndarray:
 def write_factors(counts: Pass, stage: Mix, path: str) -> None:
     """None; writes a row for each share: (value, rows, weighted_rows, rows_at_cap, samples, share, factor)."""
     found = np.empty((0, 2), np.int64)
-    for one in counts.paths:
-        if (table := exchange.read([one])) is not None:
-            what = table["group"].to_numpy() << 20 | table["key"].to_numpy().astype(np.int64)
-            found = _added(np.concatenate([found, np.stack([what, table["rows"].to_numpy()], axis=1)]))
+    for table in exchange.read_each(counts.paths):
+        what = table["group"].to_numpy() << 20 | table["key"].to_numpy().astype(np.int64)
+        found = _added(np.concatenate([found, np.stack([what, table["rows"].to_numpy()], axis=1)]))
     ok_rows = exchange.read_notes(counts.paths)["ok_rows"]
     cap = exactly(stage.cap)
     groups = []

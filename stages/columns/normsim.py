@@ -210,7 +210,6 @@ def write_norms(
         squares = quadratic_forms(vectors.vector, moment.matrix)
         columns["2"] = np.sqrt(np.maximum(squares, 0)).astype(np.float32)
     if largest and len(vectors):
-        tables = [exchange.read([one]) for one in largest]
-        found = np.max([table["largest"].to_numpy() for table in tables if table], axis=0)
+        found = np.max([table["largest"].to_numpy() for table in exchange.read_each(largest)], axis=0)
         columns["inf"] = found.astype(np.float32)
     write_by_shard(path, vectors.row, columns, starts, {"rows_with_vectors": len(vectors)})

@@ -130,7 +130,7 @@ class _Rows:
     """The rows of copied files, one after the other; their vectors are mapped, not read."""
 
     def __init__(self, paths: Sequence[str]):
-        tables = [table for path in paths if (table := exchange.read([path])) is not None]
+        tables = list(exchange.read_each(paths))
         self._vectors = [unpacked(table["vector"]) for table in tables]
         lengths = sorted({part.shape[1] for part in self._vectors})
         if len(lengths) > 1:

@@ -113,7 +113,7 @@ def write_similarities(members: Pass, partition: int, keep: str, seed: int, star
         keep, seed: see SemDeDup.
         starts: see stages.shard_values.shard_starts.
     """
-    tables = [table for one in members.paths if (table := exchange.read([one], partition)) is not None]
+    tables = list(exchange.read_each(members.paths, partition))
     if not tables:
         exchange.write(path, {}, notes={"clusters": 0, "rows_with_vectors": 0})
         return
