@@ -8,7 +8,7 @@ lint: ## style and imports
 	uv run ruff check . && uv run ruff format --check .
 
 test: ## the tests, as CI runs them
-	uv run pytest -n 2 --dist loadgroup
+	uv run pytest -n 2
 
 test-slow: ## the long ones, which CI leaves out
 	uv run pytest -m slow

@@ -21,17 +21,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Skips what this machine can't run: GPU tests without CUDA, real data outside CI. In CI real data is a must.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """How `-n 2` deals out tests: file by file, and the files with tests that start a Ray (marker `ray`) to one worker.
 
-    Where tests run side by side, those that start a Ray take turns and come first, as together they take longest; the
-    others stay together by file, for their fixtures.
+    So these take turns, as each Ray wants the whole machine; they come first, as together they take longest.
     """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "ray" if "pytest.mark.ray\n" in (ROOT / path).read_text(encoding="utf-8") else path
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Skips what this machine can't run: GPU tests without CUDA, real data outside CI. In CI real data is a must."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     data = real_data_folder()
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
         if item.get_closest_marker("gpu"):
             import torch
 
