@@ -282,7 +282,8 @@ def _describe(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], p
 
 
 def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(("dict[", "list[", "constrained-")))
+    kinds = ("dict[", "list[", "constrained-")
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(kinds))
 
 
 def _short(value: Any) -> str:
