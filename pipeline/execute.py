@@ -387,20 +387,20 @@ class Executor:
         model = self.plan.config.models[step.work.model]
         return {"architecture": model.architecture, "pretrained": planning.weights_path(model.pretrained or "")}
 
-    def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+    def _choice(self, step: Step, statuses: Mapping[str, Status]) -> tuple:
+        """The arguments of choose.select, of a step that chooses or that looks at a choice."""
         chosen, name, exclude = step.work
         columns = self._columns(step, statuses)
-        arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name), exclude)
+        return _path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name), exclude
+
+    def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         self.progress.start(label, 1, "steps")
-        facts = self._one(label, choose.select, arguments, step)
+        facts = self._one(label, choose.select, self._choice(step, statuses), step)
         self.progress.end(label, f"kept {facts['kept_rows']:,} of {facts['pool_rows']:,}")
         return facts, {}
 
     def _run_gallery(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
-        chosen, name, exclude = step.work
-        columns = self._columns(step, statuses)
-        arguments = (_path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name), exclude)
-        facts = self._one(label, gallery.write_gallery, arguments, step)
+        facts = self._one(label, gallery.write_gallery, self._choice(step, statuses), step)
         self.progress.end(label, f"{facts['samples']} samples")
         return facts, {}
 

@@ -10,6 +10,8 @@ import numpy as np
 from stages.pool_blocks import Block
 from stages.unit_vectors import concatenate, pieces, read_vectors
 
+DATACOMP_ASSETS = "https://github.com/sagadre/datacomp_baseline_assets"
+
 
 @dataclass(frozen=True)
 class Targets:

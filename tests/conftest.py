@@ -117,6 +117,26 @@ def s3_url(s3_endpoint, monkeypatch, request):
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
+MODEL = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """The folder of a tiny CLIP of 32 pixels with random weights, always the same."""
+    import torch
+
+    from pipeline.core import clip_model
+
+    torch.manual_seed(0)
+    folder = str(tmp_path_factory.mktemp("model"))
+    clip_model.save(clip_model.build(MODEL).model, MODEL, folder)
+    return folder
+
+
 TINY = ROOT / "tests" / "tiny.yaml"
 RECORD = "_artifact.json"
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.core import clip_model, images, pool
+from pipeline.core import images, pool
 from pipeline.core.errors import ConfigError, WinnowError
 from stages import STAGES, build_stage, score_shard, stage_class
 from stages.base import Batch, LoadContext, Stage
@@ -42,11 +42,6 @@ CAPTIONS = [
     "Ｆull width and Straße",
     "x" * 300,
 ]
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +53,6 @@ def pool_path(tmp_path_factory):
         caption = CAPTIONS[number % len(CAPTIONS)]
         shards[number // 14].append({"image": image, "caption": None if number == 5 else caption})
     return write_pool(tmp_path_factory.mktemp("pool"), shards)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    import torch
-
-    torch.manual_seed(0)
-    folder = str(tmp_path_factory.mktemp("model"))
-    clip_model.save(clip_model.build(TINY).model, TINY, folder)
-    return folder
 
 
 def score(pool_path, out, stages, shard=0, model=None, batch_size=None, threads=1):

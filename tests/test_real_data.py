@@ -13,17 +13,14 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.planted_faults import PHRASES
+
 pytestmark = pytest.mark.ray
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MISMATCHED_OF_1000 = 330
 PHOTOS = 1500
 SMALL_PICTURES = 3000
-PHRASES = (
-    "a photo of a {}", "a small picture of a {} in the middle", "there is a {} here", "one {} seen from the side",
-    "a {} on a plain background", "this picture shows a {}", "a blurry snapshot of a {}", "a {} outdoors in daylight",
-    "what you see is a {}", "the {} that we saw that day", "an old image of a {}", "close view of some {}",
-)  # fmt: skip
 
 
 def draw(text: str, below: int) -> int:

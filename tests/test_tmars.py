@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core import clip_model, pool
+from pipeline.core import pool
 from pipeline.core.errors import ConfigError, WinnowError
 from stages import build_stage
 from stages.base import LoadContext
@@ -21,11 +21,6 @@ from tests.golden_fixture import read_golden
 from tests.pool_fixture import drawing, write_pool
 
 WIDTH_PX, HEIGHT_PX = 192, 96
-TINY = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 def varint(number: int) -> bytes:
@@ -73,16 +68,6 @@ def onnx_detector(maps: int = 1, channels: tuple[int, int, int] = (1, 1, 1)) -> 
     ) + weights("bias", np.full(maps, -8.0))
     graph += tensor(11, "image", [1, 3, HEIGHT_PX, WIDTH_PX]) + tensor(12, "text", [1, maps, HEIGHT_PX, WIDTH_PX])
     return entry(1, 7) + entry(8, entry(1, "") + entry(2, 11)) + entry(7, graph)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    import torch
-
-    torch.manual_seed(0)
-    folder = str(tmp_path_factory.mktemp("model"))
-    clip_model.save(clip_model.build(TINY).model, TINY, folder)
-    return folder
 
 
 @pytest.fixture

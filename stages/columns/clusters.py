@@ -21,13 +21,12 @@ from stages.base import Batch, LoadContext
 from stages.kmeans import Centroids, KMeans, Metric, choose_clusters, read_centroids
 from stages.pool_blocks import Block, num_ok_rows
 from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
-from stages.targets import Targets, list_targets
+from stages.targets import DATACOMP_ASSETS, Targets, list_targets
 from stages.unit_vectors import packed, pieces
 
 COUNTS = "counts"  # a pass that load() reads besides FOUND
 PIECE_ROWS = 250_000  # rows whose vectors a task holds, unless a shard has more
 SEED, ITERATIONS = 0, 20  # as in DataComp
-ASSETS = "https://github.com/sagadre/datacomp_baseline_assets"
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,8 @@ class Clusters(FittedStage):
     found_types: ClassVar[Mapping[str, pa.DataType]] = {"cluster": pa.int32(), "similarity": pa.float32()}
     uses_references: ClassVar[bool] = True
     assets: ClassVar[Mapping[str, str]] = {
-        "centroids": f"DataComp's are {{small,medium,large,xlarge}}_centroids_l14.pt at {ASSETS}",
-        "target_features": f"DataComp's are in1k_clip_vit_l14_{{0..4}}.pt at {ASSETS}",
+        "centroids": f"DataComp's are {{small,medium,large,xlarge}}_centroids_l14.pt at {DATACOMP_ASSETS}",
+        "target_features": f"DataComp's are in1k_clip_vit_l14_{{0..4}}.pt at {DATACOMP_ASSETS}",
     }
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ from stages.base import Stage
 from stages.pool_blocks import Block
 from stages.second_moment import SecondMoment, quadratic_forms
 from stages.shard_values import FOUND, SHARDS, FittedStage, shard_names, shard_starts, write_by_shard
-from stages.targets import Targets, list_targets
+from stages.targets import DATACOMP_ASSETS, Targets, list_targets
 from stages.task_device import narrow, task_device
 from stages.unit_vectors import CACHED_ROWS, concatenate, packed, pieces, read_vectors, unit, unpacked
 
@@ -70,7 +70,7 @@ class NormSim(FittedStage):
     uses_references: ClassVar[bool] = True
     assets: ClassVar[Mapping[str, str]] = {
         "target_features": "ImageNet's training images by CLIP ViT-L/14 are in1k_clip_vit_l14_{0..4}.pt at "
-        "https://github.com/sagadre/datacomp_baseline_assets"
+        + DATACOMP_ASSETS
     }
 
     def empty_columns(self) -> Mapping[str, str]:
