@@ -426,7 +426,7 @@ def test_a_rate_holds_within_a_second():
 
 
 def test_a_stalling_host_goes_down_while_others_go_on_and_a_probe_heals_it(monkeypatch):
-    monkeypatch.setattr(hosts_module, "PROBE_EVERY_S", 0.6)
+    monkeypatch.setattr(hosts_module, "PROBE_EVERY_S", 2.0)
 
     async def scenario():
         is_stalling = True
@@ -438,7 +438,7 @@ def test_a_stalling_host_goes_down_while_others_go_on_and_a_probe_heals_it(monke
 
         async with (
             serving(routes, ("127.0.0.1", "127.0.0.2")) as site,
-            fetching(first_byte_timeout_s=0.3, retries=0, per_host_concurrency=4, concurrency=6) as fetcher,
+            fetching(first_byte_timeout_s=2.0, retries=0, per_host_concurrency=4, concurrency=6) as fetcher,
         ):
             begun = time.monotonic()
             slow = asyncio.create_task(fetched(fetcher, [site.url(f"/slow{n}") for n in range(500)]))
@@ -447,7 +447,7 @@ def test_a_stalling_host_goes_down_while_others_go_on_and_a_probe_heals_it(monke
             slow, slow_s = await slow, time.monotonic() - begun
             is_stalling = False
             [early] = await fetched(fetcher, [site.url("/slow_early")])
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(2.1)
             await fetched(fetcher, [site.url("/slow_probe")])
             late = await fetched(fetcher, [site.url(f"/slow_late{n}") for n in range(50)])
             return good, good_s, slow, slow_s, early, late
@@ -460,7 +460,7 @@ def test_a_stalling_host_goes_down_while_others_go_on_and_a_probe_heals_it(monke
     )
     down = next(row for row in slow if row.error == "host_down")
     assert down.attempts == 0 and re.search("failed 1[0-3] times in a row: first_byte_timeout", down.detail)
-    assert slow_s < 2.5 and early.error == "host_down"
+    assert slow_s < 60 and early.error == "host_down"  # in turn the 500 would take 250 s
     assert all(row.error is None for row in late)
 
 
