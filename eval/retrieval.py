@@ -27,11 +27,12 @@ def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int) -> tuple[tor
     """
     distinct = list(dict.fromkeys(texts))
     number = {text: index for index, text in enumerate(distinct)}
-    # Texts of like length share a batch: encode_text cuts each batch to its longest.
+    # Texts of like length share a batch, which is cut to its longest.
     order = sorted(range(len(distinct)), key=lambda index: len(distinct[index]))
     features = []
     for start in range(0, len(order), batch_size):
-        tokens_BT = clip.tokenizer([distinct[index] for index in order[start : start + batch_size]]).to(clip.device)
+        tokens_BT = clip.tokenizer([distinct[index] for index in order[start : start + batch_size]])
+        tokens_BT = clip_model.trim(clip.model, tokens_BT).to(clip.device)
         features.append(clip_model.encode_text(clip.model, tokens_BT, normalize=True))
     sorted_UD = torch.cat(features)
     text_UD = torch.empty_like(sorted_UD)

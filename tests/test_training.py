@@ -25,7 +25,9 @@ from tests.training_fixture import MODEL, loss_gradients, recipe, train_rank, wr
 from training import data
 from training import recipe as recipes
 from training.ledger import Ledger
-from training.loop import learning_rate, train
+from training.loop import train
+from training.recipe import Seeds
+from training.step import learning_rate
 
 NUM_SAMPLES = 50
 
@@ -39,7 +41,7 @@ def train_set_path(tmp_path_factory):
 def uninterrupted(train_set_path, tmp_path_factory):
     """(folder, facts) of a training that nothing disturbed."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    return folder, train(train_set_path, str(folder), recipe(), 0)
+    return folder, train(train_set_path, str(folder), recipe(), Seeds(0, 0))
 
 
 def weights(folder):
@@ -75,7 +77,7 @@ def test_finished_checkpoint(uninterrupted, train_set_path):
 
 
 def test_it_learns(train_set_path, tmp_path):
-    train(train_set_path, str(tmp_path), recipe(samples_seen=2000, global_batch_size=25, crop_scale=None), 0)
+    train(train_set_path, str(tmp_path), recipe(samples_seen=2000, global_batch_size=25, crop_scale=None), Seeds(0, 0))
     assert lines(tmp_path)[-1]["loss"] < 0.7 * math.log(25)
 
 
@@ -100,8 +102,9 @@ def test_plain_open_clip_loads_the_checkpoint(uninterrupted, monkeypatch):
 TRAIN_SLOWLY = """
 import sys, time
 from tests.training_fixture import recipe
+from training.recipe import Seeds
 from training.loop import train
-train(sys.argv[1], sys.argv[2], recipe(), 0, checkpoint_every_steps=2, report=lambda line: time.sleep(0.1))
+train(sys.argv[1], sys.argv[2], recipe(), Seeds(0, 0), checkpoint_every_steps=2, report=lambda line: time.sleep(0.1))
 """
 
 
@@ -122,7 +125,7 @@ def test_killed_training_ends_like_an_uninterrupted_one(uninterrupted, train_set
     with open(f"{out_path}/{newest}/state.pt", "r+b") as file:  # as a full disk or a dying node would leave it
         file.truncate(1000)
 
-    facts = train(train_set_path, out_path, recipe(), 0)
+    facts = train(train_set_path, out_path, recipe(), Seeds(0, 0))
     assert facts["resumed_at_step"] == int(before.removeprefix("step_"))
     assert_same_weights(out_path, uninterrupted[0])
     compared = ("step", "samples_seen", "loss", "lr", "logit_scale", "grad_norm")
@@ -145,8 +148,8 @@ def stop_at(step):
 
 def test_another_seed_does_not_resume(train_set_path, tmp_path):
     with pytest.raises(StoppedError):
-        train(train_set_path, str(tmp_path), recipe(), 0, checkpoint_every_steps=2, report=stop_at(5))
-    assert train(train_set_path, str(tmp_path), recipe(), 1)["resumed_at_step"] == 0
+        train(train_set_path, str(tmp_path), recipe(), Seeds(0, 0), checkpoint_every_steps=2, report=stop_at(5))
+    assert train(train_set_path, str(tmp_path), recipe(), Seeds(1, 1))["resumed_at_step"] == 0
 
 
 def test_on_an_object_store(uninterrupted, train_set_path, s3_url, tmp_path):
@@ -155,9 +158,9 @@ def test_on_an_object_store(uninterrupted, train_set_path, s3_url, tmp_path):
         storage.write_bytes(f"{remote}/{name}", storage.read_bytes(f"{train_set_path}/{name}"))
     out_path = f"{s3_url}/checkpoint"
     with pytest.raises(StoppedError):
-        train(remote, out_path, recipe(), 0, checkpoint_every_steps=2, report=stop_at(8))
+        train(remote, out_path, recipe(), Seeds(0, 0), checkpoint_every_steps=2, report=stop_at(8))
     assert storage.list_folders(out_path) == ["step_00000004", "step_00000006"]
-    assert train(remote, out_path, recipe(), 0)["resumed_at_step"] == 6
+    assert train(remote, out_path, recipe(), Seeds(0, 0))["resumed_at_step"] == 6
     with storage.local_folder(out_path) as folder:
         assert_same_weights(folder, uninterrupted[0])
         assert len(lines(folder)) == len(lines(uninterrupted[0]))
@@ -170,7 +173,7 @@ def test_ranks_compute_what_one_does(train_set_path, tmp_path):
     torch.multiprocessing.spawn(
         train_rank, (world_size, meeting_point, train_set_path, str(together), own), nprocs=world_size
     )
-    train(train_set_path, str(alone), recipe(**own), 0)
+    train(train_set_path, str(alone), recipe(**own), Seeds(0, 0))
     losses = [[line["loss"] for line in lines(folder)] for folder in (alone, together)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4, atol=1e-6)
     found, expected = weights(together), weights(alone)
@@ -190,7 +193,7 @@ def test_ranks_compute_what_one_does(train_set_path, tmp_path):
 def test_unused_tokens_need_no_optimizer(uninterrupted, train_set_path, tmp_path, monkeypatch):
     """The table of used tokens trains to what the full one does, decay of the unused ones included."""
     monkeypatch.setattr(data, "TOKEN_TABLE_ENTRIES", 0)
-    train(train_set_path, str(tmp_path), recipe(), 0)
+    train(train_set_path, str(tmp_path), recipe(), Seeds(0, 0))
     full, compact = weights(tmp_path), weights(uninterrupted[0])
     assert full["token_embedding.weight"].shape == (49408, 32)
     for name in full:
@@ -234,7 +237,8 @@ def test_batches_are_the_same_for_any_ranks_threads_and_cache(train_set_path, mo
     for batch, *shares in zip(alone, *parts, strict=True):
         assert batch.part_sizes == [sum(shares[0].part_sizes)]
         assert torch.equal(torch.cat([share.image_BSS3 for share in shares]), batch.image_BSS3)
-        assert torch.equal(torch.cat([share.tokens_BT for share in shares]), batch.tokens_BT)
+        tokens = [row for share in shares for row in share.tokens_BT]  # each rank's as long as its longest
+        assert torch.equal(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), batch.tokens_BT)
 
 
 def test_random_crops_are_torchvisions():
@@ -261,16 +265,16 @@ def test_random_crops_are_torchvisions():
 def test_warm_start(uninterrupted, train_set_path, tmp_path):
     frozen = recipe(lr=1e-30, samples_seen=8)
     start = f"{uninterrupted[0]}/open_clip"
-    train(train_set_path, str(tmp_path), frozen, 5, initial_model=start)
+    train(train_set_path, str(tmp_path), frozen, Seeds(5, 5), start={"folder": start})
     assert_same_weights(tmp_path, uninterrupted[0])
     other = recipe(model={**MODEL, "embed_dim": 8})
     with pytest.raises(WinnowError, match="expected a model of the recipe's architecture"):
-        train(train_set_path, str(tmp_path), other, 5, initial_model=start)
+        train(train_set_path, str(tmp_path), other, Seeds(5, 5), start={"folder": start})
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_stay_close(precision, uninterrupted, train_set_path, tmp_path):
-    train(train_set_path, str(tmp_path), recipe(precision=precision, grad_checkpointing=True), 0)
+    train(train_set_path, str(tmp_path), recipe(precision=precision, grad_checkpointing=True), Seeds(0, 0))
     losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path, uninterrupted[0])]
     # fp16's first loss scale overflows here, so its second step is skipped, as the scaler is made to do.
     np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=0.03)
@@ -280,23 +284,23 @@ def test_lower_precisions_stay_close(precision, uninterrupted, train_set_path, t
 
 def test_batches_above_the_train_set_and_a_last_batch_of_one(tmp_path):
     path = write_train_set(str(tmp_path / "train_set"), 5)
-    facts = train(path, str(tmp_path / "checkpoint"), recipe(global_batch_size=12, samples_seen=25), 0)
+    facts = train(path, str(tmp_path / "checkpoint"), recipe(global_batch_size=12, samples_seen=25), Seeds(0, 0))
     assert (facts["steps"], facts["unique_uids"], facts["max_repeats"]) == (3, 5, 5)
 
 
 def test_faults_are_one_clear_line(train_set_path, tmp_path):
     with pytest.raises(WinnowError, match=r"loss = nan at step \d+ of 13, expected a finite number: lower lr"):
-        train(train_set_path, str(tmp_path / "a"), recipe(lr=1e30), 0)
+        train(train_set_path, str(tmp_path / "a"), recipe(lr=1e30), Seeds(0, 0))
     assert not storage.exists(str(tmp_path / "a" / "open_clip"))
     with pytest.raises(WinnowError, match=r"index.parquet is missing, expected the index of a train set"):
-        train(str(tmp_path), str(tmp_path / "b"), recipe(), 0)
+        train(str(tmp_path), str(tmp_path / "b"), recipe(), Seeds(0, 0))
     broken = write_train_set(str(tmp_path / "broken"), 20)
     (tmp_path / "broken" / "00001.tar").unlink()
     with pytest.raises(WinnowError, match=r"00001.tar is missing, expected a tar of the train set"):
-        train(broken, str(tmp_path / "c"), recipe(), 0)
+        train(broken, str(tmp_path / "c"), recipe(), Seeds(0, 0))
     (tmp_path / "broken" / "00001.tar").write_bytes(b"\0" * 20_000)
     with pytest.raises(WinnowError, match=r"00001.tar: entry 1\d: .*expected an image that decodes"):
-        train(broken, str(tmp_path / "d"), recipe(), 0)
+        train(broken, str(tmp_path / "d"), recipe(), Seeds(0, 0))
 
 
 def test_learning_rate():
@@ -346,7 +350,7 @@ def test_two_workers_on_ray(train_set_path, uninterrupted, tmp_path):
 
     engine = Engine()
     try:
-        facts = train_on_ray(train_set_path, str(tmp_path), recipe(), 0, Resources(cpus=0.5, workers=2))
+        facts = train_on_ray(train_set_path, str(tmp_path), recipe(), Seeds(0, 0), Resources(cpus=0.5, workers=2))
     finally:
         engine.close()
     assert (facts["num_workers"], facts["samples_seen"], facts["resumed_at_step"]) == (2, 100, 0)
@@ -357,6 +361,6 @@ def test_two_workers_on_ray(train_set_path, uninterrupted, tmp_path):
 
 @pytest.mark.gpu
 def test_gpu_computes_what_a_cpu_does(uninterrupted, train_set_path, tmp_path):
-    train(train_set_path, str(tmp_path), recipe(), 0, device="cuda")
+    train(train_set_path, str(tmp_path), recipe(), Seeds(0, 0), device="cuda")
     losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path, uninterrupted[0])]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.core import storage
 from pipeline.core.tars import TarWriter
-from training.recipe import Recipe
+from training.recipe import Recipe, Seeds
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "white": (240, 240, 240)}
 SHAPES = ("ellipse", "rectangle", "line")
@@ -66,7 +66,7 @@ def train_rank(rank: int, world_size: int, meeting_point: str, train_set_path: s
     for sizes in ([3] * world_size, [2] * (world_size - 1) + [3], [0] * (world_size - 1) + [2]):
         gradients[str(sizes)] = loss_gradients(sizes, rank)
     torch.save(gradients, f"{meeting_point}.gradients.{rank}")
-    train(train_set_path, out_path, recipe(**own), 0, rank=rank, world_size=world_size)
+    train(train_set_path, out_path, recipe(**own), Seeds(0, 0), rank=rank, world_size=world_size)
     distributed.destroy_process_group()
 
 
@@ -76,7 +76,7 @@ def loss_gradients(part_sizes: list[int], rank: int, alone: bool = False) -> lis
     from torch import distributed
     from torch.nn import functional
 
-    from training.loss import contrastive_loss
+    from training.loss import Features, contrastive_loss
 
     draws = torch.randn(2, sum(part_sizes), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     first = sum(part_sizes[:rank])
@@ -84,7 +84,9 @@ def loss_gradients(part_sizes: list[int], rank: int, alone: bool = False) -> lis
     features = own.clone().requires_grad_()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     image, text = functional.normalize(features, dim=-1)
-    loss = contrastive_loss(image, text, scale, [sum(part_sizes)] if alone else part_sizes, 0 if alone else rank)
+    loss = contrastive_loss(
+        Features(image, text, scale), [sum(part_sizes)] if alone else part_sizes, 0 if alone else rank
+    )
     loss.backward()
     loss = loss.detach()
     if not alone:  # what DistributedDataParallel does to gradients of shared parameters

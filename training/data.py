@@ -4,7 +4,7 @@ A batch is a pure function of (train set, recipe, seed, step, rank): threads onl
 of a chunk are one range read. Decoded images stay in memory as uint8 until CACHE_BYTES are used, per process: as the
 model sees them, or, when the recipe crops at random, as they were decoded. The index keeps the captions and some 20
 bytes an entry in memory.
-Shapes: B pairs, S image side in px, T context length.
+Shapes: B pairs, S image side in px, T tokens: of the context, in a batch of its longest caption.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from pipeline.core import images, storage
+from pipeline.core import clip_model, images, storage
 from pipeline.core.clip_model import Clip
 from pipeline.core.errors import ImageError, WinnowError
 from training.ledger import Ledger, rank_slice
@@ -34,6 +34,7 @@ BATCHES_AHEAD = 3
 PART_SAMPLES = 64  # of a batch, loaded by one thread at a time
 MAX_GAP_BYTES = 1 << 16  # between neighbours of a tar: the caption, the json and padding
 TOKEN_TABLE_ENTRIES = 200_000  # up to here all captions are tokenised at the start: some 10 s, 60 MB
+GPU_TOKENS_MULTIPLE = 8  # captions of a batch are cut to such a length there: few shapes, whole tensor core tiles
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)  # its default range of width / height, which open_clip keeps
 CROP_STREAM = 3
@@ -90,8 +91,7 @@ def _index_column(path: str, name: str) -> pa.ChunkedArray:
         raise WinnowError(f"{place} is missing, expected the index of a train set") from error
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One rank's part of a step's batch; `part_sizes` says how many pairs each rank has.
 
     A rank without a pair of its own (a last batch smaller than the number of ranks) gets the batch's first as a filler.
@@ -121,7 +121,8 @@ class Loader:
         self._train_set, self._ledger = train_set, ledger
         self._rank, self._world_size = rank, world_size
         self._threads, self._pin_memory = threads, pin_memory
-        self._tokenizer = clip.tokenizer
+        self._model, self._tokenizer = clip.model, clip.tokenizer
+        self._trim_to = GPU_TOKENS_MULTIPLE if pin_memory else 1
         self._crop_scale = recipe.crop_scale
         size = clip.model.visual.image_size
         self._size_px = size if isinstance(size, int) else size[0]
@@ -157,6 +158,7 @@ class Loader:
                     loaded = [part.result() for part in parts]
                     image_BSS3 = torch.from_numpy(np.concatenate([image for image, _ in loaded]))
                     tokens_BT = torch.cat([tokens for _, tokens in loaded])
+                    tokens_BT = clip_model.trim(self._model, tokens_BT, self._trim_to).contiguous()
                     if self._pin_memory:
                         image_BSS3, tokens_BT = image_BSS3.pin_memory(), tokens_BT.pin_memory()
                     yield Batch(step, image_BSS3, tokens_BT, part_sizes)

@@ -124,8 +124,8 @@ class Ledger:
         if start >= stop:
             return np.empty(0, np.int64)
         size, num_chunks = self.chunk_size, -(-self.num_entries // self.chunk_size)
-        key = _hash(self.seed, KEY_STREAM, pass_index)
-        phase = _hash(self.seed, PHASE_STREAM, pass_index) % self.num_entries
+        key = random_bits(self.seed, KEY_STREAM, pass_index)
+        phase = random_bits(self.seed, PHASE_STREAM, pass_index) % self.num_entries
         # The last chunk lacks `short` entries; behind its place in the order everything comes that much earlier.
         short = num_chunks * size - self.num_entries
         short_place = _place_of_last(num_chunks, key)
@@ -145,7 +145,7 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
     return batch_size * rank // world_size, batch_size * (rank + 1) // world_size
 
 
-def _hash(*values: int) -> int:
+def random_bits(*values: int) -> int:
     """64 random bits that are a pure function of the integers: a chain of splitmix64."""
     state = 0
     for value in values:
@@ -166,7 +166,7 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _round_keys(key: int) -> list[np.uint64]:
-    return [np.uint64(_hash(key, index)) for index in range(FEISTEL_ROUNDS)]
+    return [np.uint64(random_bits(key, index)) for index in range(FEISTEL_ROUNDS)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,8 @@
-"""The symmetric contrastive loss (InfoNCE), over one rank or many.
+"""The contrastive losses, over one rank or many: CLIP's symmetric softmax (InfoNCE) and SigLIP's sigmoid (NCE).
 
-One rank is open_clip's ClipLoss. Many ranks compute what ClipLoss(local_loss=True, gather_with_grad=True) does, each
-its own rows of the logits in both directions, with one difference: the ranks' parts of a batch may differ in size, so
-that any global batch and any last partial one are exact. (torch deprecates the gather that ClipLoss calls, too.)
+Many ranks compute what open_clip's ClipLoss(local_loss=True, gather_with_grad=True) and SigLipLoss do, each its own
+rows of the logits, with one difference: the ranks' parts of a batch may differ in size, so that any global batch and
+any last partial one are exact. (torch deprecates the gather that ClipLoss calls, too.)
 Shapes: n pairs of this rank, N of the batch, M of the largest part, R ranks, D width.
 """
 
@@ -10,36 +10,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from open_clip import ClipLoss
 from torch import distributed
 from torch.nn import functional
 
 MAX_LOGIT_SCALE = math.log(100)
 
 
+class Features(NamedTuple):
+    """What both towers say of a batch: L2-normalised float32 rows, and what makes logits of their cosines."""
+
+    image_nD: torch.Tensor
+    text_nD: torch.Tensor
+    logit_scale: torch.Tensor  # the factor: exp of the parameter
+    logit_bias: torch.Tensor | None = None
+
+
 def contrastive_loss(
-    image_nD: torch.Tensor, text_nD: torch.Tensor, logit_scale: torch.Tensor, part_sizes: Sequence[int], rank: int
+    features: Features,
+    part_sizes: Sequence[int],
+    rank: int,
+    kind: str = "clip",
+    num_negatives: int | None = None,
 ) -> torch.Tensor:
     """Scalar loss of this rank whose mean over ranks is the loss of the whole batch, and so with its gradients.
 
     Args:
-        image_nD, text_nD: L2-normalised float32 features. Where part_sizes[rank] is 0 a filler pair, which is ignored.
-        logit_scale: the factor on cosines (exp of the parameter).
+        features: of this rank's pairs. Where part_sizes[rank] is 0 a filler pair, which is ignored.
         part_sizes: [R] how many pairs of the batch each rank has.
+        kind: "clip", the mean of both directions' cross-entropy (Radford et al. 2021), or "siglip", the sum over an
+            image's logits of -log sigmoid(+-logit), mean over images (Zhai et al. 2023).
+        num_negatives: pair i is told from the pairs i + 1 .. i + num_negatives of the batch, in a ring; None: from all.
     """
-    world_size, size = len(part_sizes), part_sizes[rank]
-    if world_size == 1:
-        return ClipLoss()(image_nD, text_nD, logit_scale)
-    image_nD, text_nD = image_nD[:size], text_nD[:size]
-    both_RMD = _Gather.apply(_padded(torch.cat([image_nD, text_nD], dim=1), max(part_sizes)), rank, world_size)
-    both_ND = torch.cat([part[:length] for part, length in zip(both_RMD, part_sizes, strict=True)])
-    images_ND, texts_ND = both_ND.chunk(2, dim=1)
-    own = sum(part_sizes[:rank]) + torch.arange(size, device=image_nD.device)
-    image_loss = functional.cross_entropy(logit_scale * image_nD @ texts_ND.T, own, reduction="sum")
-    text_loss = functional.cross_entropy(logit_scale * text_nD @ images_ND.T, own, reduction="sum")
-    return (image_loss + text_loss) / 2 * world_size / sum(part_sizes)
+    size, total = part_sizes[rank], sum(part_sizes)
+    image_nD, text_nD = features.image_nD[:size], features.text_nD[:size]
+    image_ND, text_ND = image_nD, text_nD
+    if len(part_sizes) > 1:
+        both_nD = torch.cat([image_nD, text_nD], dim=1)
+        both_RMD = _Gather.apply(_padded(both_nD, max(part_sizes)), rank, len(part_sizes))
+        both_ND = torch.cat([part[:length] for part, length in zip(both_RMD, part_sizes, strict=True)])
+        image_ND, text_ND = both_ND.chunk(2, dim=1)
+    own_n = sum(part_sizes[:rank]) + torch.arange(size, device=image_nD.device)
+    outside_nN = None
+    if num_negatives is not None and num_negatives < total - 1:
+        outside_nN = (torch.arange(total, device=own_n.device) - own_n[:, None]) % total > num_negatives
+
+    def logits(rows_nD: torch.Tensor, columns_ND: torch.Tensor) -> torch.Tensor:
+        logits_nN = features.logit_scale * rows_nD @ columns_ND.T
+        if features.logit_bias is not None:
+            logits_nN = logits_nN + features.logit_bias
+        return logits_nN if outside_nN is None else logits_nN.masked_fill(outside_nN, -math.inf)
+
+    if kind == "siglip":
+        logits_nN = logits(image_nD, text_ND)
+        signs_nN = torch.full_like(logits_nN, -1).scatter_(1, own_n[:, None], 1)
+        loss = -functional.logsigmoid(signs_nN * logits_nN).sum()
+    else:
+        image_loss = functional.cross_entropy(logits(image_nD, text_ND), own_n, reduction="sum")
+        text_loss = functional.cross_entropy(logits(text_nD, image_ND), own_n, reduction="sum")
+        loss = (image_loss + text_loss) / 2
+    return loss * len(part_sizes) / total
 
 
 def clamp_logit_scale(model: torch.nn.Module) -> None:

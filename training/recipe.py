@@ -7,15 +7,28 @@ open_clip's default there (betas, eps, weight decay, augmentation). Its "amp" is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.core import config
 
-VERSION = 1  # bump when the same recipe, train set and seed give other weights
+VERSION = 2  # bump when the same recipe, train set and seeds give other weights
 
 NOT_IDENTITY = {"grad_checkpointing"}  # trades time for memory: the same operations, the same values
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where a training's randomness comes from. Which pairs it sees is the selection's, with a seed of its own."""
+
+    initialisation: int  # the first weights
+    order: int  # which pair is in which batch, random crops, patch dropout
+
+    def to_json(self) -> dict[str, int]:
+        """The seeds as plain values."""
+        return asdict(self)
 
 
 class Recipe(config.Model):
@@ -23,8 +36,11 @@ class Recipe(config.Model):
 
     model: str | dict[str, Any]  # an architecture of open_clip, or a model_cfg mapping
     image_size_px: int | None = Field(None, ge=1)  # None: the architecture's own
+    start_from: str | None = None  # one of the config's models, of this architecture; None: random weights
     global_batch_size: int = Field(ge=2)  # pairs a step over all ranks: every other pair of the batch is a negative
     samples_seen: int = Field(ge=1)  # the budget, met to the sample: the last batch may be a smaller one
+    loss: Literal["clip", "siglip"] = "clip"  # softmax over the batch, or a sigmoid of each pair with a learned bias
+    num_negatives: int | None = Field(None, ge=1)  # each pair's, the next ones of the batch; None: all others
     lr: float = Field(gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(0, ge=0)  # linear
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warmup; cosine ends at 0
@@ -34,8 +50,12 @@ class Recipe(config.Model):
     eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16, fp16: autocast over fp32 parameters
     crop_scale: list[float] | None = [0.9, 1.0]  # RandomResizedCrop's range of area; None: resize and centre crop
+    patch_dropout: float = Field(0.0, ge=0, lt=1)  # of the image's patches, while training (Li et al. 2023, FLIP)
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # the checkpoint is the moving average of the weights
     grad_clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
+    num_checkpoints: int = Field(1, ge=1)  # models that are kept, at equal parts of the budget, the last included
     chunk_size: int = Field(32, ge=1)  # consecutive samples of the train set that stay together: see ledger.py
+    compile: bool = False  # torch.compile: other rounding
     grad_checkpointing: bool = False
 
     @field_validator("crop_scale")
@@ -45,10 +65,25 @@ class Recipe(config.Model):
             raise ValueError(f"{scale}, expected [smallest, largest] with 0 < smallest <= largest <= 1")
         return scale
 
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        if self.num_negatives is not None and self.num_negatives >= self.global_batch_size:
+            raise ValueError(
+                f"num_negatives = {self.num_negatives}, expected fewer than the {self.global_batch_size} of a batch"
+            )
+        if self.num_checkpoints > self.num_steps:
+            raise ValueError(f"num_checkpoints = {self.num_checkpoints}, expected at most its {self.num_steps} steps")
+        return self
+
     @property
     def num_steps(self) -> int:
         """Optimizer steps: samples_seen / global_batch_size, rounded up."""
         return -(-self.samples_seen // self.global_batch_size)
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Numbers of finished steps after which the model is kept, the last step among them."""
+        return [self.num_steps * part // self.num_checkpoints for part in range(1, self.num_checkpoints + 1)]
 
     def identity(self) -> dict[str, Any]:
         """The fields that change the trained weights, as plain values."""

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.core import clip_model
+from training.recipe import Recipe
+from training.step import average_decay, learning_rate
+
 
 def can_shrink(model: Any) -> bool:
     """True for CLIP's own text tower, which uses the table for nothing but looking up tokens."""
-    return (
-        isinstance(getattr(model, "token_embedding", None), torch.nn.Embedding)
-        and getattr(model, "text_pool_type", None) == "argmax"
-        and getattr(model, "attn_mask", None) is not None
-    )
+    return clip_model.is_causal(model) and isinstance(model.token_embedding, torch.nn.Embedding)
 
 
 def shrink(model: Any, used: np.ndarray) -> torch.Tensor:
@@ -32,8 +32,18 @@ def shrink(model: Any, used: np.ndarray) -> torch.Tensor:
     return full
 
 
-def restore(model: Any, used: np.ndarray, full: torch.Tensor, decay: float) -> None:
-    """None; the model has its full table again: trained rows where used, the others times `decay`."""
-    table = full * decay
-    table[torch.from_numpy(used)] = model.token_embedding.weight.detach().to(table)
-    model.token_embedding = torch.nn.Embedding.from_pretrained(table, freeze=False)
+def restored(trained: torch.Tensor, used: np.ndarray, full: torch.Tensor, factor: float) -> torch.Tensor:
+    """The full table [V, D]: trained rows where used, the others as they were times `factor`."""
+    table = full * factor
+    table[torch.from_numpy(used)] = trained.to(table)
+    return table
+
+
+def unused_factor(recipe: Recipe, num_steps: int) -> float:
+    """What so many steps do to a row that no caption uses: its weight decay, seen through the moving average if any."""
+    row = mean = 1.0
+    for step in range(num_steps):
+        row *= 1 - learning_rate(recipe, step) * recipe.weight_decay
+        if recipe.ema_decay is not None:
+            mean += (1 - average_decay(recipe, step)) * (row - mean)
+    return row if recipe.ema_decay is None else mean

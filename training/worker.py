@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.core import storage
 from pipeline.core.config import Resources
 from pipeline.core.errors import WinnowError, one_line
-from training.recipe import Recipe
+from training.recipe import Recipe, Seeds
 
 MAX_FAILURES = 3
 RAY_FOLDER = "ray_train"  # Ray's own files and the outcome, while the training runs
@@ -24,7 +24,7 @@ def train_on_ray(
     train_set_path: str,
     out_path: str,
     recipe: Recipe,
-    seed: int,
+    seeds: Seeds,
     resources: Resources,
     *,
     report: Callable[[dict[str, Any]], None] | None = None,
@@ -58,7 +58,7 @@ def train_on_ray(
     trainer = TorchTrainer(
         _train_rank,
         train_loop_config={
-            "arguments": (train_set_path, out_path, recipe, seed),
+            "arguments": (train_set_path, out_path, recipe, seeds),
             "options": {**options, "threads": max(1, int(resources.cpus)), "report": report},
         },
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),

@@ -132,10 +132,13 @@ def preprocess_config(model: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def save(model: Any, architecture: Architecture, folder: str) -> None:
+def save(model: Any, architecture: Architecture, folder: str, tensors: Mapping[str, Any] | None = None) -> None:
     """None; writes a model folder that plain open_clip opens as `local-dir:FOLDER`, with its preprocessing.
 
     Its open_clip_model.safetensors also loads as `pretrained=` of an architecture known by name.
+
+    Args:
+        tensors: the weights by name; None: the model's own.
     """
     from safetensors.torch import save as to_bytes
 
@@ -146,7 +149,7 @@ def save(model: Any, architecture: Architecture, folder: str) -> None:
         _write_config(temporary, config, preprocess_config(model))
         with open(os.path.join(temporary, CONFIG_FILE), "rb") as file:
             storage.write_bytes(storage.join(folder, CONFIG_FILE), file.read())
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or model.state_dict()).items()}
     storage.write_bytes(storage.join(folder, WEIGHTS_FILE), to_bytes(state))
 
 
@@ -216,25 +219,32 @@ def embed(clip: Clip, images: Sequence[Any], captions: Sequence[str], threads: E
         order = torch.argsort((tokens_BT != 0).sum(dim=1), stable=True)
         text_BD = torch.empty_like(image_BD)
         for rows in order.chunk(TEXT_GROUPS):
-            tokens = tokens_BT[rows].to(clip.device)
+            tokens = trim(clip.model, tokens_BT[rows]).to(clip.device)
             text_BD[rows.to(clip.device)] = encode_text(clip.model, tokens, normalize=True).float()
     return image_BD, text_BD
 
 
-def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:
-    """[B, D] text features, equal to model.encode_text's up to rounding, computed without the batch's padding.
+def trim(model: Any, tokens_BT: Any, multiple: int = 1) -> Any:
+    """[B, L] the tokens up to the longest caption of the batch, L a multiple where the context allows.
 
-    Under a causal mask what follows the end-of-text token can't change its feature, so columns after the longest
-    caption are cut. Other text towers get the tokens as they are.
+    Under a causal mask what follows the end-of-text token can't change its feature. Text towers of another kind get
+    their tokens as they are. Call it before the tokens go to a GPU: it waits for their values.
     """
+    if not is_causal(model):
+        return tokens_BT
+    longest = int(tokens_BT.argmax(dim=-1).max()) + 1  # the end-of-text token has the largest id
+    return tokens_BT[:, : -(-longest // multiple) * multiple]
+
+
+def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:
+    """[B, D] text features, equal to model.encode_text's up to rounding; the tokens may be trimmed."""
     import torch
     from open_clip.transformer import text_global_pool
     from torch.nn import functional
 
-    if getattr(model, "attn_mask", None) is None or getattr(model, "text_pool_type", None) != "argmax":
+    length = tokens_BT.shape[1]
+    if not is_causal(model):
         return model.encode_text(tokens_BT, normalize=normalize)
-    length = int(tokens_BT.argmax(dim=-1).max()) + 1
-    tokens_BT = tokens_BT[:, :length]
     dtype = model.transformer.get_cast_dtype()
     hidden_BTD = model.token_embedding(tokens_BT).to(dtype) + model.positional_embedding[:length].to(dtype)
     hidden_BTD = model.transformer(hidden_BTD, attn_mask=model.attn_mask[:length, :length])
@@ -243,3 +253,8 @@ def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:
         project = model.text_projection
         features_BD = project(features_BD) if isinstance(project, torch.nn.Linear) else features_BD @ project
     return functional.normalize(features_BD, dim=-1) if normalize else features_BD
+
+
+def is_causal(model: Any) -> bool:
+    """True for CLIP's own text tower: a causal mask, and the feature of the end-of-text token."""
+    return getattr(model, "attn_mask", None) is not None and getattr(model, "text_pool_type", None) == "argmax"

@@ -1,0 +1,227 @@
+"""One optimizer step: both towers, the loss of the whole batch, AdamW, the moving average of the weights.
+
+A batch beyond memory is taken in forward passes of at most `batch_size` pairs, with cached gradients (GradCache, Gao et
+al. 2021): features of all parts without a graph, the loss of the whole batch once with its gradients to the features,
+then each part again with a graph, through which those gradients go back. So the loss is that of the full batch, and
+the logit scale gets its gradient once.
+Shapes: B pairs, S image side, T tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline.core import clip_model
+from training.data import Batch
+from training.ledger import random_bits
+from training.loss import Features, clamp_logit_scale, contrastive_loss
+from training.recipe import Recipe
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DROPOUT_STREAM = 4
+
+
+class TwoTowers(torch.nn.Module):
+    """The model as one forward pass over both towers, from uint8 pixels and trimmed tokens."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        preprocess = clip_model.preprocess_config(model)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(preprocess[name]).view(3, 1, 1), persistent=False)
+
+    def forward(self, image_BSS3: torch.Tensor, tokens_BT: torch.Tensor) -> Features:
+        """Features of B pairs."""
+        pixels_B3SS = image_BSS3.permute(0, 3, 1, 2).float().div(255).sub(self.mean).div(self.std)
+        image_BD = self.model.encode_image(pixels_B3SS, normalize=True)
+        text_BD = clip_model.encode_text(self.model, tokens_BT, normalize=True)
+        return Features(
+            image_BD.float(), text_BD.float(), self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+        )
+
+
+class Step(NamedTuple):
+    """What a step leaves behind; on the device, not waited for."""
+
+    loss: torch.Tensor  # of this rank
+    grad_norm: torch.Tensor | None  # before clipping; None unless asked for, infinite where an fp16 step overflowed
+    features: Features  # of this rank's pairs, without a graph
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The rate of a step (0 is the first), as open_clip's: linear warmup, then cosine to 0 or constant."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.lr
+    done = (step - recipe.warmup_steps) / (recipe.num_steps - recipe.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done)) * recipe.lr
+
+
+def average_decay(recipe: Recipe, step: int) -> float:
+    """The moving average's decay at a step: the recipe's, less at the start, as TensorFlow's is with num_updates.
+
+    Without that a short training's average would mostly be its random weights.
+    """
+    assert recipe.ema_decay is not None
+    return min(recipe.ema_decay, (1 + step) / (10 + step))
+
+
+def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW, fused; no weight decay on gains, biases, the class embedding and the logit scale, as in open_clip."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True)
+
+
+class Learner:
+    """A model with what its steps need. The model is on its device, its token table as it is trained.
+
+    Args:
+        order_seed: of patch dropout.
+        batch_size: the most pairs of one forward pass; None: a rank's whole part of the batch.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        recipe: Recipe,
+        order_seed: int,
+        *,
+        device: str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int | None = None,
+    ):
+        self.model, self.recipe = model, recipe
+        self._order_seed, self._rank, self._batch_size = order_seed, rank, batch_size
+        self._kind = torch.device(device).type
+        self.optimizer = make_optimizer(model, recipe)
+        self._scaler = torch.amp.GradScaler(self._kind, enabled=recipe.precision == "fp16")
+        self._bare = TwoTowers(model).to(device)
+        if recipe.compile:
+            self._bare.compile()
+        self._towers: torch.nn.Module = self._bare
+        if world_size > 1:
+            self._towers = torch.nn.parallel.DistributedDataParallel(
+                self._bare,
+                device_ids=[torch.device(device)] if self._kind == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self._average: list[torch.Tensor] | None = None
+        if recipe.ema_decay is not None:
+            self._average = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def take_step(self, batch: Batch, want_norm: bool = False) -> Step:
+        """What one optimizer step on this rank's part of a batch, which is on the model's device, leaves behind."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, batch.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        size = len(batch.image_BSS3)
+        if self._batch_size is None or size <= self._batch_size:
+            features = self._forward(self._towers, batch, slice(None))
+            loss = self._loss(features, batch)
+            self._scaler.scale(loss).backward()
+        else:
+            loss, features = self._cached_gradients(batch, -(-size // self._batch_size))
+        norm = None
+        if want_norm or self.recipe.grad_clip_norm is not None:
+            self._scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip_norm or math.inf)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        clamp_logit_scale(self.model)
+        if self._average is not None:
+            decay = average_decay(self.recipe, batch.step)
+            with torch.no_grad():
+                torch._foreach_lerp_(self._average, list(self.model.parameters()), 1 - decay)
+        return Step(loss.detach(), norm, _detached(features))
+
+    def _loss(self, features: Features, batch: Batch) -> torch.Tensor:
+        return contrastive_loss(features, batch.part_sizes, self._rank, self.recipe.loss, self.recipe.num_negatives)
+
+    def _forward(self, towers: torch.nn.Module, batch: Batch, rows: slice) -> Features:
+        """Features of a part of the batch; its patch dropout is a function of step, rank and the part's place."""
+        torch.manual_seed(random_bits(self._order_seed, DROPOUT_STREAM, batch.step, self._rank, rows.start or 0) >> 1)
+        with self._autocast():
+            return Features(*towers(batch.image_BSS3[rows], batch.tokens_BT[rows]))
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.recipe.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._kind, AUTOCAST[self.recipe.precision])
+
+    def _cached_gradients(self, batch: Batch, num_parts: int) -> tuple[torch.Tensor, Features]:
+        """(loss, features) of the batch; its gradients are in the parameters."""
+        edges = [len(batch.image_BSS3) * part // num_parts for part in range(num_parts + 1)]
+        parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        with torch.no_grad():
+            found = [self._forward(self._bare, batch, rows) for rows in parts]
+        features = Features(
+            torch.cat([part.image_nD for part in found]).requires_grad_(),
+            torch.cat([part.text_nD for part in found]).requires_grad_(),
+            found[0].logit_scale.clone().requires_grad_(),
+            None if found[0].logit_bias is None else found[0].logit_bias.clone().requires_grad_(),
+        )
+        loss = self._loss(features, batch)
+        self._scaler.scale(loss).backward()
+        for rows in parts:
+            is_last = rows is parts[-1]
+            alone = contextlib.nullcontext() if is_last or self._towers is self._bare else self._towers.no_sync()
+            with alone:
+                part = self._forward(self._towers, batch, rows)
+                towards = (part.image_nD * features.image_nD.grad[rows]).sum()
+                towards = towards + (part.text_nD * features.text_nD.grad[rows]).sum()
+                if is_last:
+                    towards = towards + part.logit_scale * features.logit_scale.grad
+                    if part.logit_bias is not None:
+                        towards = towards + part.logit_bias * features.logit_bias.grad
+                towards.backward()
+        return loss, features
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has its moving average as weights meanwhile, where the recipe asks for one."""
+        if self._average is None:
+            yield
+            return
+        parameters = list(self.model.parameters())
+        own = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, self._average)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(parameters, own)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that later steps depend on, as tensors and plain containers."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "average": self._average,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """None; goes on where a state() was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        if self._average is not None:
+            torch._foreach_copy_(self._average, state["average"])
+
+
+def _detached(features: Features) -> Features:
+    return Features(*(None if value is None else value.detach() for value in features))
