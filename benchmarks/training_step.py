@@ -5,7 +5,7 @@
 Same model, weights, batch, precision and threads, in one process; the two alternate in rounds, and the ratio is the
 median over rounds, so that other load on the machine hits both. The plain loop is what a user writes from open_clip's
 README, fed with tensors that are ready: model(images, texts), ClipLoss, AdamW(fused=False, as open_clip_train makes
-it), captions padded to the model's context. Ours is training.loop.take_step on the same pairs, as uint8 pixels and with
+it), captions padded to the model's context. Ours is training.step.Learner on the same pairs, as uint8 pixels and with
 everything it does (normalising, learning rate, clamp); `end to end` is training.loop.train reading, decoding and
 cropping from a train set's tars, after its start-up.
 """
@@ -30,9 +30,9 @@ import torch  # noqa: E402
 
 from pipeline.core import clip_model  # noqa: E402
 from tests.training_fixture import write_train_set  # noqa: E402
-from training import loop, vocabulary  # noqa: E402
+from training import loop, step, vocabulary  # noqa: E402
 from training.data import Batch  # noqa: E402
-from training.recipe import RECIPES, Recipe  # noqa: E402
+from training.recipe import RECIPES, Recipe, Seeds  # noqa: E402
 
 WORDS = ("a", "photo", "of", "two", "small", "red", "green", "blue", "stars", "on", "the", "wall", "with", "cat", "dog")
 
@@ -67,7 +67,7 @@ class Plain:
     def step(self) -> None:
         """None; one optimizer step."""
         kind = self.recipe.precision
-        autocast = torch.autocast(torch.device(self.device).type, loop.AUTOCAST[kind]) if kind != "fp32" else None
+        autocast = torch.autocast(torch.device(self.device).type, step.AUTOCAST[kind]) if kind != "fp32" else None
         self.optimizer.zero_grad()
         with autocast or contextlib.nullcontext():
             loss = self.loss(**self.model(self.image, self.tokens))
@@ -78,28 +78,23 @@ class Plain:
 
 
 class Ours:
-    """training.loop.take_step on the same pairs."""
+    """training.step.Learner on the same pairs."""
 
     def __init__(self, recipe: Recipe, device: str, image_BSS3: torch.Tensor, texts: list[str]):
         torch.manual_seed(0)
         clip = clip_model.build(recipe.model, recipe.image_size_px)
-        self.recipe, self.model = recipe, clip.model.train()
-        tokens = clip.tokenizer(texts)
-        if vocabulary.can_shrink(self.model):
+        model = clip.model.train()
+        tokens = clip_model.trim(model, clip.tokenizer(texts))
+        if vocabulary.can_shrink(model):
             used, places = np.unique(tokens.numpy(), return_inverse=True)
-            vocabulary.shrink(self.model, used)
+            vocabulary.shrink(model, used)
             tokens = torch.from_numpy(places.reshape(tokens.shape))
-        self.model.to(device)
-        self.towers = loop.TwoTowers(self.model).to(device)
-        self.optimizer = loop.make_optimizer(self.model, recipe)
-        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.precision == "fp16")
+        self.learner = step.Learner(model.to(device), recipe, 0, device=device)
         self.batch = Batch(0, image_BSS3.to(device), tokens.to(device), [len(texts)])
 
     def step(self) -> None:
         """None; one optimizer step."""
-        loop.take_step(
-            self.towers, self.model, self.optimizer, self.scaler, self.recipe, self.batch, 0, want_norm=False
-        )
+        self.learner.take_step(self.batch)
 
 
 def samples_per_s(loops: dict[str, Plain | Ours], batch: int, steps: int, rounds: int, device: str) -> dict:
@@ -155,7 +150,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
         train_set = write_train_set(f"{folder}/train_set", 2000)
         whole = {"device": arguments.device, "threads": arguments.threads}
-        facts = loop.train(train_set, f"{folder}/checkpoint", recipe, 0, **whole)
+        facts = loop.train(train_set, f"{folder}/checkpoint", recipe, Seeds(0, 0), **whole)
     plain = statistics.median(found["plain"])
     ratios = [ours / other for ours, other in zip(found["ours"], found["plain"], strict=True)]
     record = {
