@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -23,19 +25,24 @@ os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """How `-n 2` deals out tests: file by file, and the files with tests that start a Ray (marker `ray`) to one worker.
+    """How `-n 2` deals out tests: file by file, those with tests that start a Ray (marker `ray`) first, as they take longest.
 
-    So these take turns, as each Ray wants the whole machine; they come first, as together they take longest.
+    The files that use the finished run go to one worker, which makes it once.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "ray" if "pytest.mark.ray\n" in (ROOT / path).read_text(encoding="utf-8") else path
+            return "finished" if uses_finished_run(path) else path
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+@functools.cache
+def uses_finished_run(path: str) -> bool:
+    return re.search(r"(?m)^def \w+\(.*\bfinished\b", (ROOT / path).read_text(encoding="utf-8")) is not None
 
 
 def pytest_collection_modifyitems(items):

@@ -22,9 +22,9 @@ from typing import Any
 
 # Deadlines of seconds make the catalogue finish in seconds; the caps are those of production but for the body.
 SETTINGS = {
-    "connect_timeout_s": 1,
-    "first_byte_timeout_s": 1.5,
-    "total_timeout_s": 3,
+    "connect_timeout_s": 3,
+    "first_byte_timeout_s": 3,
+    "total_timeout_s": 5,
     "retries": 2,
     "max_redirects": 5,
     "max_body_bytes": 8 << 20,

@@ -13,6 +13,9 @@ class EngineHere:
     def check_fits(self, resources, place):
         return None
 
+    def cpus_of_nodes(self):
+        return [1]
+
     def cancel(self):
         return None
 

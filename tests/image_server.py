@@ -518,7 +518,7 @@ def run_inside(outside: str, argv: Sequence[str]) -> int:
         # Both certifi's users and those of OpenSSL's own settings trust our authority, in this namespace alone.
         bundle = pathlib.Path(certifi.where()).read_text() + pathlib.Path(folder, "authority.pem").read_text()
         bind(bundle, certifi.where())
-        bind("nameserver 127.0.0.1\noptions timeout:1 attempts:2\n", "/etc/resolv.conf")
+        bind("nameserver 127.0.0.1\noptions timeout:3 attempts:2\n", "/etc/resolv.conf")
         bind("hosts: files dns\n", "/etc/nsswitch.conf")
         bind("127.0.0.1 localhost\n::1 localhost\n", "/etc/hosts")
         threading.Thread(target=serve_names, daemon=True).start()

@@ -265,7 +265,7 @@ def test_no_text_takes_more_than_linear_time():
     num = 30_000  # squared, beyond the seconds below
     for piece in pieces:
         text = (piece * num)[:num] + "!"
-        started = time.perf_counter()
+        started_s = time.process_time()
         for search in searches:
             search(text)
-        assert time.perf_counter() - started < 3, repr(piece)
+        assert time.process_time() - started_s < 3, repr(piece)

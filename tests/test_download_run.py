@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from pipeline import plan as planning
+from pipeline.core.config import load
+from tests import engine_fixture
 from tests.download_faults import FAULTS
 from tests.download_fixture import FAST, uid_of, write_table
 from tests.image_server import ImageServer
@@ -87,6 +90,12 @@ def run(path: pathlib.Path, *more: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def here(path: pathlib.Path, until: str, *overrides: str) -> None:
+    """The same run in this process, without Ray."""
+    plan = planning.build(load(str(path), overrides), str(path))
+    assert not engine_fixture.run_here(plan, planning.targets(plan, until)).failures
+
+
 def pool_of(root: pathlib.Path) -> tuple[pathlib.Path, dict]:
     """The finished pool's folder and record."""
     (path,) = root.glob("pool-*/_artifact.json")
@@ -129,7 +138,7 @@ def test_chosen_before_the_download_excluded_and_fetched_again(server, tmp_path)
     before = digests(tmp_path / "root")
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "root").glob("image_stats-*/*.parquet")}
     assert "retry: 1 failed rows" in run(path, "--set", "pool.download.retry=failed", "--plan")
-    run(path, "--until", "train_set", "--set", "pool.download.retry=failed")
+    here(path, "train_set", "pool.download.retry=failed")
     out, record = pool_of(tmp_path / "root")
     assert record["facts"]["ok_rows"] == facts["ok_rows"] + 1
     after = digests(tmp_path / "root")
@@ -146,7 +155,7 @@ def test_chosen_before_the_download_excluded_and_fetched_again(server, tmp_path)
     # A takedown leaves every later artifact, and nothing is downloaded again.
     requests = server.requests()
     (tmp_path / "takedowns.txt").write_text(uid_of(61))
-    run(path, "--until", "train_set", "--set", f"exclude.uids={tmp_path}/takedowns.txt")
+    here(path, "train_set", f"exclude.uids={tmp_path}/takedowns.txt")
     assert server.requests() == requests
     indices = [
         pq.read_table(file, columns=["uid"])["uid"].to_pylist() for file in out.parent.glob("train_set-*/index.parquet")
@@ -172,8 +181,7 @@ def test_kills_change_no_byte(server, tmp_path, num_urls, kills):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
-    path = config(straight, table, pool=pool)
-    run(path, "--until", "pool")
+    here(config(straight, table, pool=pool), "pool")
     path = config(killed, table, pool=pool)
     for kill in range(kills):
         process = subprocess.Popen(
@@ -215,6 +223,7 @@ def test_a_network_that_is_gone_ends_the_run_early_with_its_cause(tmp_path):
     urls = [f"http://127.0.0.{2 + number % 7}:9/{number}.jpg" for number in range(2_000)]  # nothing listens there
     settings = {**FAST, "retries": 0}
     path = config(tmp_path, write_table(tmp_path / "t.parquet", urls), pool={"shard_size": 500, "download": settings})
-    printed = run(path, "--until", "pool", code=1)
-    assert re.search(r"FAILED  pool: download stopped: .* none was answered: \d+ connect_failed", printed)
+    plan = planning.build(load(str(path), []), str(path))
+    failures = engine_fixture.run_here(plan, ["pool"]).failures
+    assert re.search(r"^download stopped: .* none was answered: \d+ connect_failed", failures["pool"])
     assert not list(tmp_path.glob("root/pool-*/*.parquet"))

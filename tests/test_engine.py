@@ -1,4 +1,4 @@
-"""The engine on a real Ray: order, retries, lost workers, honest failures."""
+"""The engine on a real Ray: order, retries, lost workers, honest failures; a deduplication whose workers are killed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import os
 import pathlib
 import time
 
+import numpy as np
 import pytest
 
+from pipeline.core import pool
 from pipeline.core.config import Resources
 from pipeline.core.engine import Engine
 from pipeline.core.errors import NetworkDownError, StepError, WinnowError
+from pipeline.core.passes import Passes
+from stages import build_stage
+from stages.stage_worker import StageJob, StageWorker, fit, fit_path
+from tests.duplicates_fixture import run_stage
+from tests.pool_fixture import drawing, random_uids, write_pool
+from tests.test_caption_duplicates import corpus
 
 pytestmark = pytest.mark.ray
 
@@ -131,7 +139,58 @@ def test_an_actor_with_several_items_at_once_loses_only_those(engine, tmp_path):
 
 def test_a_network_that_is_down_stops_the_whole_map(engine, tmp_path):
     items = [(n,) for n in (0, 1, 99, *range(3, 60))]
-    started_s = time.monotonic()
+    done = []
     with pytest.raises(NetworkDownError, match="nothing answers"):
-        engine.map_on_actors(Juggler, (str(tmp_path), 10), items, names(60), Resources(workers=1), items_at_once=3)
-    assert time.monotonic() - started_s < 30
+        engine.map_on_actors(
+            Juggler,
+            (str(tmp_path), 10),
+            items,
+            names(60),
+            Resources(workers=1),
+            lambda index, _: done.append(index),
+            items_at_once=3,
+        )
+    assert len(done) < 10
+
+
+def die_once_a_pass(folder, function, *item):
+    """What a pass runs, on a worker that is killed at the first item of two of the passes."""
+    mark = pathlib.Path(folder) / function.__name__
+    if function.__name__ in ("write_keys", "write_groups") and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), 9)
+    function(*item)
+
+
+def test_the_same_survivors_for_any_workers_and_when_they_are_killed(engine, tmp_path):
+    captions = corpus(600, seed=5)
+    uids = random_uids(np.random.default_rng(0), len(captions))
+    rows = [{"image": drawing(1), "caption": text, "uid": uid} for text, uid in zip(captions, uids, strict=True)]
+    path = write_pool(tmp_path, [rows[:150], rows[150:350], rows[350:]])
+    shards = pool.load_shards(path)
+    columns, _, _ = run_stage(path, tmp_path / "minhash", build_stage("minhash", {}, ""))
+    stage = build_stage("caption_duplicates", {}, "")
+
+    def files(name: str) -> dict[str, bytes]:
+        return {shard.name: (tmp_path / name / f"{shard.name}.parquet").read_bytes() for shard in shards}
+
+    def files_on_ray(name: str, workers: int, killed: bool) -> dict[str, bytes]:
+        job = StageJob(stage, str(tmp_path / name), columns)
+        resources = Resources(cpus=0.5, workers=workers)
+        marks = tmp_path / f"{name}_marks"
+        marks.mkdir()
+
+        def run(function, items, names, on_done):
+            if killed:
+                items = [(str(marks), function, *item) for item in items]
+            engine.map(die_once_a_pass if killed else function, items, names, resources, on_done)
+
+        fit(path, job, shards, Passes(run, fit_path(job)))
+        names = [shard.name for shard in shards]
+        engine.map_on_actors(StageWorker, (path, [job], "cpu", 1), [(shard,) for shard in shards], names, resources)
+        assert len(list(marks.iterdir())) == (2 if killed else 0)
+        return files(name)
+
+    run_stage(path, tmp_path / "here", stage, columns)
+    assert files_on_ray("two", 2, killed=False) == files("here")
+    assert files_on_ray("four", 4, killed=True) == files("here")

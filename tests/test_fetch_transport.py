@@ -34,6 +34,7 @@ class Server:
         self._answer, self._tls = answer, tls
         self.num_connections = 0
         self.requests: list[bytes] = []
+        self._over = threading.Event()
         self._socket = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         self.port = self._socket.getsockname()[1]
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
@@ -43,9 +44,14 @@ class Server:
         return self
 
     def __exit__(self, *_):
+        self._over.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+    def stall(self) -> None:
+        """Returns when the server is over: what an answer does that never comes."""
+        self._over.wait(60)
 
     def _accept(self):
         with contextlib.suppress(OSError):
@@ -229,23 +235,28 @@ def test_slow_name_servers_hold_nobody_up(monkeypatch):
 
     def getaddrinfo(host, *_args, **_kwargs):
         if host.startswith("slow"):
-            over.wait(5)
+            over.wait(60)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
     async def use(transport):
-        slow = [asyncio.ensure_future(transport.get(f"http://slow{i}.test/", accept, 1.0)) for i in range(30)]
+        slow = [asyncio.ensure_future(transport.get(f"http://slow{i}.test/", accept, 300)) for i in range(30)]
         await asyncio.sleep(0.1)
-        before_s = time.monotonic()
-        assert (await transport.get(f"http://fast.test:{server.port}/", accept, 5)).status == 200
-        assert time.monotonic() - before_s < 0.5
-        failures = await asyncio.gather(*slow, return_exceptions=True)
-        assert {error.error for error in failures} == {"dns_unavailable"}
+        assert (await transport.get(f"http://fast.test:{server.port}/", accept, 50)).status == 200
+        with pytest.raises(FetchError) as caught:
+            await transport.get("http://slow.test/", accept, 0.5)
+        assert caught.value.error == "dns_unavailable"
+        assert not any(task.done() for task in slow)
+        for task in slow:
+            task.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
 
-    with Server(lambda *_: OK) as server:
-        run(use, concurrency=64)
-    over.set()
+    try:
+        with Server(lambda *_: OK) as server:
+            run(use, concurrency=64)
+    finally:
+        over.set()
 
 
 def test_a_closed_port_fails_to_connect():
@@ -263,31 +274,30 @@ def test_a_listener_that_accepts_nothing_ends_at_the_connect_deadline():
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
         time.sleep(0.1)
-        before_s = time.monotonic()
-        error = failure(f"http://127.0.0.1:{full.getsockname()[1]}/", connect_timeout_s=0.4, first_byte_timeout_s=0.2)
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/"
+        error = failure(url, 300, connect_timeout_s=0.4, first_byte_timeout_s=0.2)
         assert error.error == "connect_timeout"
-        assert time.monotonic() - before_s < 2
 
 
 def test_a_silent_server_ends_at_the_first_byte_deadline():
-    with Server(lambda *_: time.sleep(3)) as server:
+    with Server(lambda *_: server.stall()) as server:
         before_s = time.monotonic()
-        assert failure(server.url, first_byte_timeout_s=0.3).error == "first_byte_timeout"
-        assert 0.25 < time.monotonic() - before_s < 1.5
+        assert failure(server.url, 300, first_byte_timeout_s=0.3).error == "first_byte_timeout"
+        assert time.monotonic() - before_s > 0.25
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\n"])
 def test_a_trickle_ends_at_the_total_deadline(start):
     def trickle(connection, _request):
         connection.sendall(start)
-        for _ in range(60):
+        for _ in range(600):
             time.sleep(0.05)
             connection.sendall(b"x")
 
     with Server(trickle) as server:
         before_s = time.monotonic()
-        assert failure(server.url, timeout_s=0.8, first_byte_timeout_s=0.4).error == "total_timeout"
-        assert 0.7 < time.monotonic() - before_s < 2
+        assert failure(server.url, timeout_s=2.0, first_byte_timeout_s=1.5).error == "total_timeout"
+        assert time.monotonic() - before_s > 1.9
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -439,12 +449,10 @@ def test_what_a_check_raises_by_mistake_comes_out():
 def test_another_status_is_a_reply_without_its_body(body):
     def stall(connection, _request):
         connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://169.254.169.254/\r\n" + body)
-        time.sleep(2.5)
+        server.stall()
 
     with Server(stall) as server:
-        before_s = time.monotonic()
         reply = get(server.url)
-        assert time.monotonic() - before_s < 2
     assert (reply.status, reply.body) == (302, b"")
     assert ("location", "http://169.254.169.254/") in reply.headers
     assert len(server.requests) == 1
@@ -453,7 +461,7 @@ def test_another_status_is_a_reply_without_its_body(body):
 def test_a_cancelled_get_frees_its_handle():
     async def use(transport):
         for _ in range(20):
-            task = asyncio.ensure_future(transport.get(server.url + "/slow", accept, 10))
+            task = asyncio.ensure_future(transport.get(server.url + "/slow", accept, 50))
             await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -461,13 +469,13 @@ def test_a_cancelled_get_frees_its_handle():
         assert (len(transport._idle), len(transport._running)) == (1, 0)
         assert (await transport.get(server.url + "/fast", accept, 10)).body == BODY
 
-    with Server(lambda _connection, request: time.sleep(1) if b"/slow" in request else OK) as server:
+    with Server(lambda _connection, request: server.stall() if b"/slow" in request else OK) as server:
         run(use)
 
 
 def test_closing_ends_what_is_under_way():
     async def use(transport):
-        task = asyncio.ensure_future(transport.get(server.url, accept, 10))
+        task = asyncio.ensure_future(transport.get(server.url, accept, 50))
         await asyncio.sleep(0.1)
         transport.close()
         with pytest.raises(asyncio.CancelledError):
@@ -477,7 +485,7 @@ def test_closing_ends_what_is_under_way():
     async def main():
         return await use(Transport(settings(), "x"))
 
-    with Server(lambda *_: time.sleep(1)) as server:
+    with Server(lambda *_: server.stall()) as server:
         assert asyncio.run(main()) == 1
 
 
@@ -771,8 +779,7 @@ def test_only_a_few_bodies_grow_big_at_once(monkeypatch):
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(big))
         if b"/stalls" in request:
             connection.sendall(big[:200_000])
-            time.sleep(2)
-            return None
+            return server.stall()
         return big
 
     async def use(transport):
@@ -783,9 +790,10 @@ def test_only_a_few_bodies_grow_big_at_once(monkeypatch):
                 await asyncio.sleep(0.002)
 
         watching = asyncio.ensure_future(watch())
-        stalling = [asyncio.ensure_future(transport.get(f"{server.url}/stalls{i}", accept, 1.0)) for i in range(2)]
-        await asyncio.sleep(0.2)  # both hold a place now, until their deadline
-        waiting = [asyncio.ensure_future(transport.get(f"{server.url}/{i}", accept, 10)) for i in range(12)]
+        stalling = [asyncio.ensure_future(transport.get(f"{server.url}/stalls{i}", accept, 4.0)) for i in range(2)]
+        while len(transport._big._growing) < 2:  # both hold a place, until their deadline
+            await asyncio.sleep(0.002)
+        waiting = [asyncio.ensure_future(transport.get(f"{server.url}/{i}", accept, 50)) for i in range(12)]
         given_up = asyncio.ensure_future(transport.get(f"{server.url}/late", accept, 0.4))
         replies = await asyncio.gather(*stalling, *waiting, given_up, return_exceptions=True)
         watching.cancel()

@@ -107,9 +107,9 @@ async def serving(routes: Routes, hosts: tuple[str, ...] = ("127.0.0.1",)):
 async def fetching(num_nodes: int = 1, excluded: tuple[str, ...] = (), **settings):
     values = {
         "allow_addresses": ["127.0.0.0/8"],
-        "connect_timeout_s": 1,
-        "first_byte_timeout_s": 1,
-        "total_timeout_s": 2,
+        "connect_timeout_s": 20,
+        "first_byte_timeout_s": 20,
+        "total_timeout_s": 40,
         "per_host_requests_per_s": 10_000,
     }
     fetcher = Fetcher(DownloadSettings(**values | settings), num_nodes, lambda host: host in excluded)
@@ -181,12 +181,12 @@ def test_what_heals_is_fetched_in_the_end():
 
         def routes(path):
             asked[path] = asked.get(path, 0) + 1
-            if asked[path] > 2:
+            if asked[path] > (1 if path == "/short" else 2):
                 return IMAGE
             return {"/500": response(503), "/hang_up": None, "/short": IMAGE[:-20]}[path]
 
         # Behind /short the connection stays open: its body never ends.
-        async with serving(routes) as site, fetching(total_timeout_s=0.3) as fetcher:
+        async with serving(routes) as site, fetching(total_timeout_s=2) as fetcher:
             rows = await fetched(fetcher, [site.url(path) for path in ("/500", "/hang_up", "/short")])
             asked.clear()
             async with fetching(retries=0) as other:
@@ -195,7 +195,7 @@ def test_what_heals_is_fetched_in_the_end():
     healed, given_up = asyncio.run(scenario())
     assert [(row.error, row.body) for row in healed] == [(None, JPEG)] * 3
     # libcurl itself asks once more where a connection that was used before is closed without a byte.
-    assert [row.attempts for row in healed] in ([3, 3, 3], [3, 2, 3])
+    assert [row.attempts for row in healed] in ([3, 3, 2], [3, 2, 2])
     assert [(row.error, row.attempts) for row in given_up] == [("server_error", 1), ("disconnected", 1)]
 
 
@@ -321,30 +321,38 @@ def test_documents_are_told_from_images():
     assert rows["/empty"].detail == "an empty body" and rows["/said_html"].content_type == "text/html"
 
 
-@pytest.mark.parametrize("kind", ["seconds", "date", "503"])
-def test_a_short_retry_after_pauses_the_whole_host(kind):
+def test_a_short_retry_after_pauses_the_whole_host():
+    kinds = {"127.0.0.1": "seconds", "127.0.0.2": "date", "127.0.0.3": "503"}
+
     async def scenario():
-        begun = []
+        begun = {}
 
         def routes(path):
-            if not begun:
-                begun.append(time.monotonic())
-                # A date has whole seconds: two seconds on is between one and two from now.
-                date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=2), usegmt=True)
-                return response(503 if kind == "503" else 429, Retry_After=date if kind == "date" else "1")
-            return IMAGE
+            host = path[1:].partition("/")[0]
+            if host in begun:
+                return IMAGE
+            begun[host] = time.monotonic()
+            # A date has whole seconds: four seconds on is between three and four from now.
+            date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=4), usegmt=True)
+            status, wait = 503 if kinds[host] == "503" else 429, date if kinds[host] == "date" else "3"
+            return response(status, Retry_After=wait)
 
-        async with serving(routes) as site, fetching(total_timeout_s=0.5) as fetcher:  # a pause counts for no deadline
-            first = asyncio.create_task(fetcher.fetch(site.url("/a")))
-            while not begun:
+        # A pause counts for no deadline.
+        async with serving(routes, tuple(kinds)) as site, fetching(total_timeout_s=2) as fetcher:
+            first = [asyncio.create_task(fetcher.fetch(site.url(f"/{host}/a", host))) for host in kinds]
+            while fetcher.counts().responses < len(kinds):
                 await asyncio.sleep(0.005)
-            await asyncio.sleep(0.05)
-            rows = [*await fetched(fetcher, [site.url(f"/{n}") for n in range(5)]), await first]
-            return rows, [when - begun[0] for when, _, _ in site.requests[1:]]
+            urls = [site.url(f"/{host}/{n}", host) for host in kinds for n in range(5)]
+            rows = [*await fetched(fetcher, urls), *await asyncio.gather(*first)]
+            waits_s = {
+                host: [when - begun[host] for when, asked, _ in site.requests if asked == host] for host in kinds
+            }
+            return rows, waits_s
 
     rows, waits_s = asyncio.run(scenario())
-    assert all(row.error is None for row in rows) and rows[-1].attempts == 2
-    assert min(waits_s) > 0.9 and max(waits_s) < 2.4 and len(waits_s) == 6
+    assert all(row.error is None for row in rows) and [row.attempts for row in rows] == [1] * 15 + [2] * 3
+    for waited_s in waits_s.values():
+        assert len(waited_s) == 7 and min(waited_s[1:]) > 2.9
 
 
 def test_a_long_retry_after_fails_the_row_and_the_rest_of_its_host():
@@ -354,14 +362,12 @@ def test_a_long_retry_after_fails_the_row_and_the_rest_of_its_host():
             serving(lambda path: limited, ("127.0.0.1", "127.0.0.2")) as site,
             fetching(per_host_concurrency=1) as fetcher,
         ):
-            begun = time.monotonic()
-            rows = await fetched(fetcher, [site.url(f"/{n}") for n in range(20)])
-            return site, rows, time.monotonic() - begun
+            return site, await asyncio.wait_for(fetched(fetcher, [site.url(f"/{n}") for n in range(20)]), 60)
 
-    site, rows, took_s = asyncio.run(scenario())
+    site, rows = asyncio.run(scenario())
     assert [row.error for row in rows] == ["rate_limited"] + ["host_down"] * 19
     assert "3600 s" in rows[0].detail and re.search(r"not asked until 20\d\d-.* UTC", rows[1].detail)
-    assert (rows[0].attempts, rows[1].attempts, len(site.requests)) == (1, 0, 1) and took_s < 1
+    assert (rows[0].attempts, rows[1].attempts, len(site.requests)) == (1, 0, 1)
 
 
 def test_a_host_that_only_ever_asks_for_pauses_is_given_up(monkeypatch):
@@ -386,81 +392,127 @@ def test_a_senseless_retry_after_breaks_nothing(value):
 def test_limits_per_host_hold_and_hosts_do_not_wait_for_each_other():
     hosts = tuple(f"127.0.0.{n}" for n in range(1, 6))
 
-    async def scenario():
+    def held_until(num_at_once):
+        """Routes that answer nobody before so many requests are there together."""
+        asked, all_there = [], asyncio.Event()
+
         async def routes(path):
-            await asyncio.sleep(0.02)
+            asked.append(path)
+            if len(asked) == num_at_once:
+                all_there.set()
+            await asyncio.wait_for(all_there.wait(), 60)
+            await asyncio.sleep(0.01)
             return IMAGE
 
+        return routes
+
+    async def scenario():
         # 6 a host over 2 nodes: 3 here.
-        async with serving(routes, hosts) as site, fetching(num_nodes=2, per_host_concurrency=6) as fetcher:
+        async with serving(held_until(15), hosts) as site, fetching(num_nodes=2, per_host_concurrency=6) as fetcher:
             rows = await fetched(fetcher, [site.url(f"/{n}", host) for n in range(30) for host in hosts])
-            took_s = site.requests[-1][0] - site.requests[0][0]
-        async with serving(routes, hosts) as tight, fetching(concurrency=4, per_host_concurrency=3) as fetcher:
+        async with serving(held_until(4), hosts) as tight, fetching(concurrency=4, per_host_concurrency=3) as fetcher:
             urls = [tight.url(f"/{n}") for n in range(60)] + [tight.url("/late", host) for host in hosts[1:]]
             rows += await fetched(fetcher, urls)
             order = [host for _, host, _ in tight.requests]
-        return rows, site.most_in_flight, tight.most_in_flight, took_s, order
+        return rows, site.most_in_flight, tight.most_in_flight, order
 
-    rows, most, tight_most, took_s, order = asyncio.run(scenario())
+    rows, most, tight_most, order = asyncio.run(scenario())
     assert all(row.error is None for row in rows)
-    assert most == dict.fromkeys(hosts, 3) and took_s < 1  # 10 rounds of 20 ms, not 50
+    assert most == dict.fromkeys(hosts, 3)
     assert tight_most["127.0.0.1"] == 3
     assert max(order.index(host) for host in hosts[1:]) < 20  # not behind the 60 rows that came before them
 
 
-def test_a_rate_holds_within_a_second():
+class Ahead(asyncio.SelectorEventLoop):
+    """A loop whose clock stands still while anything can go on, and then jumps to the next timer."""
+
+    def __init__(self):
+        super().__init__()
+        self.now_s = 1000.0
+        wait = self._selector.select
+
+        def select(timeout):
+            self.now_s += timeout or 0.0
+            return wait(0)
+
+        self._selector.select = select
+
+    def time(self):
+        return self.now_s
+
+
+def test_a_rate_holds_at_every_moment():
+    async def scenario():
+        hosts = Hosts(concurrency=100, per_host_concurrency=10, per_host_requests_per_s=40)
+        host, loop = hosts.host("a:80"), asyncio.get_running_loop()
+
+        async def one():
+            await hosts.enter(host)
+            times.append(loop.time() - 1000)
+            await asyncio.sleep(0.01)
+            hosts.leave(host)
+
+        times = []
+        await asyncio.gather(*(one() for _ in range(60)))
+        return times
+
+    loop = Ahead()
+    try:
+        times = loop.run_until_complete(scenario())
+    finally:
+        loop.close()
+    # A burst of the 10 slots, then one every 25 ms.
+    assert times == pytest.approx([max(0, n - 9) / 40 for n in range(60)], abs=1e-3)
+
+
+def test_a_rate_is_shared_by_the_nodes():
     async def scenario():
         async with (
             serving(lambda path: IMAGE) as site,
             fetching(num_nodes=2, per_host_requests_per_s=80, per_host_concurrency=20) as fetcher,
         ):
+            begun_s = time.monotonic()
             rows = await fetched(fetcher, [site.url(f"/{n}") for n in range(60)])
-            return rows, [when for when, _, _ in site.requests]
+            return rows, site.requests[-1][0] - begun_s
 
-    rows, times = asyncio.run(scenario())
+    rows, took_s = asyncio.run(scenario())
     assert all(row.error is None for row in rows)
-    # 40 a second here, after a burst of the 10 slots.
-    assert 1.15 < times[-1] - times[0] < 2
-    in_a_second = max(sum(start <= when < start + 1 for when in times) for start in times)
-    assert 40 <= in_a_second <= 56
+    assert took_s > 1.2  # 50 at 40 a second here, after a burst of the 10 slots
 
 
-def test_a_stalling_host_goes_down_while_others_go_on_and_a_probe_heals_it(monkeypatch):
-    monkeypatch.setattr(hosts_module, "PROBE_EVERY_S", 2.0)
-
+def test_a_stalling_host_goes_down_while_others_go_on_and_a_probe_heals_it():
     async def scenario():
         is_stalling = True
 
         async def routes(path):
             if path.startswith("/slow") and is_stalling:
-                await asyncio.sleep(30)
+                await asyncio.sleep(60)
             return IMAGE
 
         async with (
             serving(routes, ("127.0.0.1", "127.0.0.2")) as site,
-            fetching(first_byte_timeout_s=2.0, retries=0, per_host_concurrency=4, concurrency=6) as fetcher,
+            fetching(first_byte_timeout_s=2, retries=0, per_host_concurrency=10, concurrency=12) as fetcher,
         ):
-            begun = time.monotonic()
             slow = asyncio.create_task(fetched(fetcher, [site.url(f"/slow{n}") for n in range(500)]))
             good = await fetched(fetcher, [site.url(f"/{n}", "127.0.0.2") for n in range(200)])
-            good_s = time.monotonic() - begun
-            slow, slow_s = await slow, time.monotonic() - begun
+            is_slow_done = slow.done()
+            slow = await slow
             is_stalling = False
             [early] = await fetched(fetcher, [site.url("/slow_early")])
-            await asyncio.sleep(2.1)
+            host = fetcher._hosts.host(f"127.0.0.1:{site.port}")
+            host.probe_at_s -= hosts_module.PROBE_EVERY_S  # as if a minute were over
             await fetched(fetcher, [site.url("/slow_probe")])
             late = await fetched(fetcher, [site.url(f"/slow_late{n}") for n in range(50)])
-            return good, good_s, slow, slow_s, early, late
+            return good, is_slow_done, slow, early, late
 
-    good, good_s, slow, slow_s, early, late = asyncio.run(scenario())
-    assert all(row.error is None for row in good) and good_s < slow_s
+    good, is_slow_done, slow, early, late = asyncio.run(scenario())
+    assert all(row.error is None for row in good) and not is_slow_done
     errors = [row.error for row in slow]
-    assert 10 <= errors.count("first_byte_timeout") <= 13 and errors.count("host_down") == 500 - errors.count(
-        "first_byte_timeout"
-    )
+    num_asked = errors.count("first_byte_timeout")
+    assert 10 <= num_asked <= 19 and errors.count("host_down") == 500 - num_asked
     down = next(row for row in slow if row.error == "host_down")
-    assert down.attempts == 0 and re.search("failed 1[0-3] times in a row: first_byte_timeout", down.detail)
-    assert slow_s < 60 and early.error == "host_down"  # in turn the 500 would take 250 s
+    assert down.attempts == 0 and re.search("failed 1[0-9] times in a row: first_byte_timeout", down.detail)
+    assert early.error == "host_down"
     assert all(row.error is None for row in late)
 
 
@@ -573,11 +625,10 @@ def test_robots_txt_rules(path, is_allowed):
     assert (Rules(ROBOTS).refusal(path) is None) == is_allowed
 
 
-def test_robots_txt_of_hostile_shape_is_quick():
-    begun = time.monotonic()
+def test_robots_txt_of_hostile_shape_is_read():
+    """With backtracking it would take longer than anyone can wait."""
     rules = Rules("User-agent: *\n" + "Disallow: /" + "*a" * 5_000 + "$\nnonsense\n:\nDisallow /x\nUser-agent\n")
     assert rules.refusal("/" + "a" * 4_000 + "b") is None and Rules("Disallow: /").refusal("/x") is None
-    assert time.monotonic() - begun < 0.5
 
 
 def test_robots_txt_is_asked_for_once_a_host_and_obeyed():
@@ -609,12 +660,13 @@ def test_a_robots_txt_that_is_not_there(robots, expected):
     async def scenario():
         async def routes(path):
             if path == "/robots.txt" and robots == "stall":
-                await asyncio.sleep(5)
+                await asyncio.sleep(60)
             if path == "/elsewhere":
                 return response(200, b"User-agent: *\nDisallow: /")
             return robots if path == "/robots.txt" else IMAGE
 
-        async with serving(routes) as site, fetching(obey_robots_txt=True, first_byte_timeout_s=0.2) as fetcher:
+        deadline = {"first_byte_timeout_s": 0.2} if robots == "stall" else {}
+        async with serving(routes) as site, fetching(obey_robots_txt=True, **deadline) as fetcher:
             rows = await fetched(fetcher, [site.url("/a"), site.url("/b")]) + await fetched(fetcher, [site.url("/c")])
             return rows, site.asked("/robots.txt")
 
@@ -648,7 +700,7 @@ def test_a_cancelled_row_leaves_no_slot_taken():
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-            return await asyncio.wait_for(fetched(fetcher, [site.url(f"/{n}") for n in range(8)]), 5)
+            return await asyncio.wait_for(fetched(fetcher, [site.url(f"/{n}") for n in range(8)]), 60)
 
     assert all(row.error is None for row in asyncio.run(scenario()))
 
@@ -662,7 +714,7 @@ def test_a_row_cancelled_in_the_moment_it_is_let_in_gives_its_slot_on():
         await asyncio.sleep(0.01)
         hosts.leave(host)
         waiting[0].cancel()
-        await asyncio.wait_for(waiting[1], 1)
+        await asyncio.wait_for(waiting[1], 60)
         return waiting[0].cancelled(), host.in_flight
 
     assert asyncio.run(scenario()) == (True, 1)
