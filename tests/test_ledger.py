@@ -1,15 +1,25 @@
-"""The ledger: budgets to the sample, even repeats, no entry twice in a batch, any step at once."""
+"""The ledger: budgets to the sample, even repeats, no entry twice in a batch, any step at once; and its checker."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import re
+import subprocess
+import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.core import storage
 from pipeline.core.errors import WinnowError
+from tests.conftest import ROOT
+from tests.training_fixture import recipe, write_train_set
+from training import check_ledger
 from training.ledger import Ledger, rank_slice
+from training.loop import train
+from training.recipe import Seeds
 
 
 def all_batches(ledger):
@@ -101,3 +111,110 @@ def test_faults_are_named():
         Ledger(0, 1, 1, 0, 1)
     with pytest.raises(WinnowError, match="step = 2, expected 0 <= step < 2"):
         Ledger(10, 4, 2, 0, 1).batch(2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(checkpoint, train set) of a real training: 100 samples of 50 pairs in batches of 8."""
+    train_set_path = write_train_set(str(tmp_path_factory.mktemp("train_set")), 50)
+    checkpoint_path = str(tmp_path_factory.mktemp("checkpoint"))
+    train(train_set_path, checkpoint_path, recipe(), Seeds(0, 7))
+    return checkpoint_path, train_set_path
+
+
+def check(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "training" / "check_ledger.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_finished_training_is_checked_from_anywhere(trained, tmp_path):
+    done = check(*trained, "--times-seen", "seen.parquet", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == [
+        "samples seen   100, exactly the budget",
+        "steps          13 of 8, the last of 4",
+        "entries        50, each seen 2 to 2 times",
+        "pairs          50, each seen 2 to 2 times",
+    ]
+    seen = pq.read_table(tmp_path / "seen.parquet").to_pydict()
+    assert seen == {"uid": [f"{number:032x}" for number in range(50)], "times_seen": [2] * 50}
+
+    ledger = Ledger(50, 100, 8, 7, 4)
+    asked = check(*trained, "--step", "12", cwd=tmp_path)
+    assert asked.stdout.split() == [f"{entry:032x}" for entry in ledger.batch(12)]
+    asked = check(*trained, "--uid", f"{17:032x}", cwd=tmp_path)
+    assert asked.stdout.split() == [str(step) for step in range(13) if 17 in ledger.batch(step)]
+
+
+def test_a_ledger_on_an_object_store(trained, s3_url, capsys):
+    for path, name in zip(trained, ("checkpoint", "train_set"), strict=True):
+        for file in ("ledger.json", "metrics.jsonl", "index.parquet"):
+            if storage.exists(f"{path}/{file}"):
+                storage.write_bytes(f"{s3_url}/{name}/{file}", storage.read_bytes(f"{path}/{file}"))
+    remote = [f"{s3_url}/checkpoint", f"{s3_url}/train_set"]
+    assert check_ledger.main([*remote, "--times-seen", f"{s3_url}/seen.parquet"]) == 0
+    assert "samples seen   100, exactly the budget" in capsys.readouterr().out
+    assert storage.exists(f"{s3_url}/seen.parquet")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"samples_seen": 96}, r"metrics.jsonl: ends at step 13 after 100 samples, expected 12 and 96"),
+        ({"num_entries": 49}, r"num_entries = 49, expected the 50 of"),
+        ({"index_sha256": "0" * 64}, r"index_sha256 = 0+, expected [0-9a-f]{64}: .* is not the train set of this"),
+        ({"version": 0}, r"version = 0, expected 1: another order than this code's"),
+        ({"seed": None}, r"seed = None, expected a whole number"),
+    ],
+)
+def test_a_ledger_that_does_not_hold(change, message, trained, tmp_path, capsys):
+    checkpoint_path, train_set_path = trained
+    record = storage.read_json(f"{checkpoint_path}/ledger.json")
+    storage.write_json(str(tmp_path / "ledger.json"), record | change)
+    storage.write_bytes(str(tmp_path / "metrics.jsonl"), storage.read_bytes(f"{checkpoint_path}/metrics.jsonl"))
+    assert check_ledger.main([str(tmp_path), train_set_path]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(rf"error: .*{message}.*\n", printed.err)
+
+
+def test_questions_without_an_answer(trained, tmp_path, capsys):
+    checkpoint_path, train_set_path = trained
+    for arguments, message in (
+        ([checkpoint_path, train_set_path, "--step", "13"], "step = 13, expected 0 <= step < 13"),
+        ([checkpoint_path, train_set_path, "--uid", "abc"], "--uid = abc, expected a pair of the train set"),
+        ([str(tmp_path), train_set_path], "ledger.json is missing, expected the ledger of a finished training"),
+        ([checkpoint_path, str(tmp_path)], "index.parquet is missing, expected the index of a train set"),
+    ):
+        assert check_ledger.main(arguments) == 1
+        assert message in capsys.readouterr().err
+
+
+class Wrong(Ledger):
+    """A ledger whose batch of one step is another one."""
+
+    def batch(self, step):
+        entries = super().batch(step)
+        return self.wrong(entries) if step == 2 else entries
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda entries: entries[:-1], "step 2: 7 entries, expected 8"),
+        (lambda entries: np.concatenate([entries[:-1], entries[:1]]), "step 2: an entry comes twice"),
+        (lambda entries: entries + 50, "step 2: expected entries from 0 to 49"),
+        (lambda entries: np.setdiff1d(np.arange(50), entries)[:8], "an entry 1 to 3 times, expected 100 and 2 to 2"),
+    ],
+)
+def test_batches_that_break_the_rules_are_found(wrong, message, monkeypatch):
+    monkeypatch.setattr(Wrong, "wrong", staticmethod(wrong), raising=False)
+    check_ledger.count_batches(Ledger(50, 100, 8, 7, 4))
+    with pytest.raises(WinnowError, match=message):
+        check_ledger.count_batches(Wrong(50, 100, 8, 7, 4))
+
+
+def test_the_checker_is_light():
+    code = "import sys, training.check_ledger; print([name for name in ('torch', 'PIL') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image, ImageDraw
+from torch import distributed
 
 from pipeline.core import storage
 from pipeline.core.tars import TarWriter
+from training.loop import train
 from training.recipe import Recipe, Seeds
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220), "white": (240, 240, 240)}
@@ -54,44 +62,45 @@ def write_train_set(path: str, num_samples: int, samples_a_tar: int = 16) -> str
     return path
 
 
-def train_rank(rank: int, world_size: int, meeting_point: str, train_set_path: str, out_path: str, own: dict) -> None:
-    """None; one of several gloo ranks: gradients of the loss in float64, then a whole training."""
-    import torch
-    from torch import distributed
+PRELOADED = ["open_clip", "tests.training_fixture", "training.loop"]  # by the process that others are forks of
 
-    from training.loop import train
 
-    distributed.init_process_group("gloo", f"file://{meeting_point}", rank=rank, world_size=world_size)
-    gradients = {}
-    for sizes in ([3] * world_size, [2] * (world_size - 1) + [3], [0] * (world_size - 1) + [2]):
-        gradients[str(sizes)] = loss_gradients(sizes, rank)
-    torch.save(gradients, f"{meeting_point}.gradients.{rank}")
-    train(train_set_path, out_path, recipe(**own), Seeds(0, 0), rank=rank, world_size=world_size)
+def in_child(function: Callable, *arguments: Any) -> int:
+    """The exit code of function(*arguments) in a process of its own, -9 where it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """What function(rank, world_size, *arguments) returns on each rank of a gloo group, a process a rank.
+
+    The processes are forks of one that has imported what they need, so that many ranks start as fast as one.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _run_rank, (world_size, folder, function, arguments), nprocs=world_size, start_method="forkserver"
+        )
+        return [torch.load(f"{folder}/{rank}", weights_only=True) for rank in range(world_size)]
+
+
+def _run_rank(rank: int, world_size: int, folder: str, function: Callable, arguments: tuple) -> None:
+    distributed.init_process_group(
+        "gloo",
+        f"file://{folder}/meeting",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=90),  # for the others, where one of them waits for what never comes
+    )
+    torch.save(function(rank, world_size, *arguments), f"{folder}/{rank}")
     distributed.destroy_process_group()
 
 
-def loss_gradients(part_sizes: list[int], rank: int, alone: bool = False) -> list:
-    """[loss, gradient of the rank's own images and texts, of the scale] on drawn features; `alone`: as one rank."""
-    import torch
-    from torch import distributed
-    from torch.nn import functional
-
-    from training.loss import Features, contrastive_loss
-
-    draws = torch.randn(2, sum(part_sizes), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    first = sum(part_sizes[:rank])
-    own = draws if alone else draws[:, first : first + max(1, part_sizes[rank])]  # a rank without pairs has a filler
-    features = own.clone().requires_grad_()
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    image, text = functional.normalize(features, dim=-1)
-    loss = contrastive_loss(
-        Features(image, text, scale), [sum(part_sizes)] if alone else part_sizes, 0 if alone else rank
-    )
-    loss.backward()
-    loss = loss.detach()
-    if not alone:  # what DistributedDataParallel does to gradients of shared parameters
-        for value in (loss, scale.grad):
-            distributed.all_reduce(value)
-            value /= len(part_sizes)
-        features.grad /= len(part_sizes)
-    return [loss, features.grad[:, : part_sizes[rank]] if not alone else features.grad, scale.grad]
+def train_rank(rank: int, world_size: int, train_set_path: str, out_path: str, own: dict, options: dict) -> dict:
+    """Facts of a training's rank."""
+    return train(train_set_path, out_path, recipe(**own), Seeds(0, 0), rank=rank, world_size=world_size, **options)

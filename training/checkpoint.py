@@ -9,12 +9,14 @@ two are kept. Works on local folders and object stores. The caller's state must 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from pipeline.core import log, storage
+from pipeline.core.errors import WinnowError, one_line
 
 KEPT = 2
 STATE_FILE, DIGEST_FILE = "state.pt", "state.pt.sha256"
@@ -23,12 +25,36 @@ STATE_FILE, DIGEST_FILE = "state.pt", "state.pt.sha256"
 def save(out_path: str, step: int, state: Mapping[str, Any]) -> None:
     """None; the state after `step` finished steps is safe when this returns, and older ones than KEPT are gone."""
     folder = storage.join(out_path, f"step_{step:08d}")
-    with storage.write_file(storage.join(folder, STATE_FILE)) as temporary:
-        torch.save(dict(state), temporary)
-        digest = storage.sha256_file(temporary)
-    storage.write_bytes(storage.join(folder, DIGEST_FILE), digest.encode())
-    for name in _step_folders(out_path)[KEPT:]:
+    path = storage.join(folder, STATE_FILE)
+    with written(path):
+        with storage.write_file(path) as temporary:
+            _write_state(state, temporary)
+            digest = storage.sha256_file(temporary)
+        storage.write_bytes(storage.join(folder, DIGEST_FILE), digest.encode())
+    # Newer ones were passed over at the start and will be written again; those without a checksum never count.
+    older = [name for name in _step_folders(out_path) if _step_of(name) <= step]
+    kept = [name for name in older if storage.exists(storage.join(out_path, name, DIGEST_FILE))][:KEPT]
+    for name in set(older) - set(kept):
         storage.delete(storage.join(out_path, name))
+
+
+@contextlib.contextmanager
+def written(path: str) -> Iterator[None]:
+    """Turns what the system says of a file that can't be written, as on a full disk, into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise WinnowError(f"{path} can't be written: {one_line(error)}") from error
+
+
+def _write_state(state: Mapping[str, Any], path: str) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:  # torch's writer counts bytes, and says so where the disk took fewer
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_newest(out_path: str, identity: str) -> dict[str, Any] | None:
@@ -60,4 +86,8 @@ def delete_all(out_path: str) -> None:
 def _step_folders(out_path: str) -> list[str]:
     """Names, the newest first."""
     found = [name for name in storage.list_folders(out_path) if name.startswith("step_")]
-    return sorted(found, key=lambda name: int(name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(name: str) -> int:
+    return int(name.removeprefix("step_"))

@@ -18,6 +18,7 @@ a train set below two global batches also replays its pass boundaries up to the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ from pipeline.core.errors import WinnowError
 
 VERSION = 1  # bump when the same arguments give another order
 
+ARGUMENTS = ("num_entries", "samples_seen", "global_batch_size", "seed", "chunk_size")
 KEY_STREAM, PHASE_STREAM = 1, 2
 FEISTEL_ROUNDS = 8
 _MASK = (1 << 64) - 1
@@ -50,8 +52,18 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """The arguments as plain values, with the version of the rules: enough to recompute every batch."""
-        names = ("num_entries", "samples_seen", "global_batch_size", "seed", "chunk_size")
-        return {"version": VERSION, **{name: getattr(self, name) for name in names}}
+        return {"version": VERSION, **{name: getattr(self, name) for name in ARGUMENTS}}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], place: str) -> Ledger:
+        """The ledger of a record that to_json made; other fields are ignored. Raises WinnowError that names `place`."""
+        version = record.get("version") if isinstance(record, Mapping) else None
+        if version != VERSION:
+            raise WinnowError(f"{place}: version = {version}, expected {VERSION}: another order than this code's")
+        for name in ARGUMENTS:
+            if type(record.get(name)) is not int:
+                raise WinnowError(f"{place}: {name} = {record.get(name)}, expected a whole number")
+        return cls(**{name: record[name] for name in ARGUMENTS})
 
     @property
     def num_steps(self) -> int:

@@ -14,29 +14,31 @@ The ranks of a distributed training all call train() with a process group set up
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 
 from pipeline.core import artifact, clip_model, log, storage
-from pipeline.core.errors import WinnowError
+from pipeline.core.errors import ConfigError, WinnowError
 from training import checkpoint, vocabulary, watch
 from training import recipe as recipes
-from training.data import Batch, Loader, count_repeats, index_digest, open_train_set
+from training.data import Batch, Loader
 from training.ledger import Ledger
+from training.memory import explains_out_of_memory
 from training.recipe import Recipe, Seeds
 from training.step import Learner, learning_rate
+from training.train_set import count_repeats, index_digest, open_train_set
 
 LEDGER_FILE, MODEL_FOLDER = "ledger.json", "open_clip"
-LINES = 100  # a curve of about this many points, at least one every MOST_STEPS_A_LINE
-MOST_STEPS_A_LINE = 100
 SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # Zhai et al. 2023
 
 
+@explains_out_of_memory
 def train(
     train_set_path: str,
     out_path: str,
@@ -66,7 +68,7 @@ def train(
         checkpoint_every_s, checkpoint_every_steps: whichever comes first; neither changes the result.
 
     Raises:
-        WinnowError: the train set can't be read, the loss is not finite.
+        WinnowError: the train set can't be read, the loss is not finite, the memory does not suffice.
     """
     started_s = time.monotonic()
     torch.set_num_threads(threads)
@@ -83,6 +85,10 @@ def train(
     torch.manual_seed(seeds.initialisation)
     clip = clip_model.build(architecture, recipe.image_size_px, force_patch_dropout=recipe.patch_dropout or None)
     model = clip.model.train()
+    if recipe.patch_dropout and not any("PatchDropout" in type(module).__name__ for module in model.modules()):
+        raise ConfigError(
+            f"recipe: patch_dropout = {recipe.patch_dropout} has no effect, expected an image tower of patches"
+        )
     if start is not None:
         _copy_weights(start, model)
     if recipe.grad_checkpointing:
@@ -117,39 +123,60 @@ def train(
             state = checkpoint.load_newest(out_path, identity)
             if state is None or state["step"] != found[0]:
                 raise WinnowError(f"{out_path}: rank {rank} does not see step {found[0]}, expected a shared folder")
-    first_step = 0
+    first_step, watched = 0, None
     if state is not None:
-        first_step = state["step"]
+        first_step, watched = state["step"], state["watch"]
         learner.load_state(state)
         del state
 
+    @contextlib.contextmanager
+    def kept_weights(done: int) -> Iterator[None]:
+        """The model has what is kept of it after `done` steps: its moving average, the whole token table."""
+        with contextlib.ExitStack() as both:
+            both.enter_context(learner.averaged())
+            if used is not None:
+                factor = vocabulary.unused_factor(recipe, done)
+                both.enter_context(vocabulary.whole(model, used, full_table, factor))
+            yield
+
     def keep_model(done: int) -> None:
-        """Writes the model after `done` steps: its moving average, with the whole token table."""
+        """Writes the model after `done` steps."""
         last = done == recipe.num_steps
         name = MODEL_FOLDER if last else f"{MODEL_FOLDER}_{done * recipe.global_batch_size}"
-        with learner.averaged():
-            tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        if used is not None:
-            factor = vocabulary.unused_factor(recipe, done)
-            tensors["token_embedding.weight"] = vocabulary.restored(
-                tensors["token_embedding.weight"], used, full_table, factor
-            )
-        clip_model.save(model, architecture, storage.join(out_path, name), tensors)
+        place = storage.join(out_path, name)
+        with kept_weights(done), checkpoint.written(place):
+            if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+                raise WinnowError(f"{place}: weights after step {done} that are not finite, expected numbers: lower lr")
+            clip_model.save(model, architecture, place)
 
-    metrics = watch.MetricsFile(out_path, first_step) if rank == 0 else None
-    line_every = max(1, min(MOST_STEPS_A_LINE, recipe.num_steps // LINES))
-    line_s = saved_s = time.monotonic()
-    line_samples, wait_s, loss_value = 0, 0.0, math.nan
+    watcher = None
+    if rank == 0:
+        watcher = watch.Watch(
+            out_path,
+            recipe,
+            clip,
+            train_set,
+            held_out_path,
+            device=device,
+            threads=threads,
+            batch_size=batch_size,
+            kept_weights=kept_weights,
+            first_step=first_step,
+            state=watched,
+        )
+    line_steps = watch.line_steps(recipe)
+    saved_s = time.monotonic()
     batches = loader.batches(first_step)
     for step in range(first_step, recipe.num_steps):
         asked_s = time.monotonic()
         batch = next(batches)
-        wait_s += time.monotonic() - asked_s
+        wait_s = time.monotonic() - asked_s
         batch = _to_device(batch, device)
         done = step + 1
-        is_line = done % line_every == 0 or step == 0 or done == recipe.num_steps
+        is_line = done in line_steps
         taken = learner.take_step(batch, want_norm=is_line)
-        line_samples += sum(batch.part_sizes)
+        if watcher is not None:
+            watcher.note(batch, wait_s)
 
         if is_line:
             loss = taken.loss
@@ -162,38 +189,27 @@ def train(
                     f"{out_path}: loss = {loss_value} at step {done} of {recipe.num_steps}, expected a finite number:"
                     f" lower lr ({recipe.lr:g})" + (" or use bf16 or fp32" if recipe.precision == "fp16" else "")
                 )
-            if metrics is not None:
-                now_s = time.monotonic()
-                line = {
-                    "step": done,
-                    "samples_seen": step * recipe.global_batch_size + sum(batch.part_sizes),
-                    "loss": loss_value,
-                    "ln_batch": math.log(sum(batch.part_sizes)),
-                    "lr": learning_rate(recipe, step),
-                    "logit_scale": model.logit_scale.exp().item(),
-                    # An fp16 step whose gradients overflowed was skipped; JSON has no infinity.
-                    "grad_norm": norm if math.isfinite(norm := taken.grad_norm.item()) else None,
-                    "samples_per_s": line_samples / (now_s - line_s),
-                    "data_wait_fraction": wait_s / (now_s - line_s),
-                }
-                metrics.add(line)
-                line_s, line_samples, wait_s = now_s, 0, 0.0
+            if watcher is not None:
+                line = watcher.line(batch, taken, loss_value, learning_rate(recipe, step))
                 if report is not None:
                     report(line)
 
         if rank == 0 and done in recipe.kept_steps:
             keep_model(done)
         is_due = checkpoint_every_steps is not None and done % checkpoint_every_steps == 0
-        if rank == 0 and done < recipe.num_steps and (is_due or time.monotonic() - saved_s > checkpoint_every_s):
-            metrics.write()  # before the state: lines up to its step are never lost
-            checkpoint.save(out_path, done, {"identity": identity, "step": done, **learner.state()})
+        is_due = is_due or time.monotonic() - saved_s > checkpoint_every_s
+        # A loss that is not a number ends the training at the next line: until then the states are those before it.
+        if rank == 0 and done < recipe.num_steps and is_due and math.isfinite(taken.loss.item()):
+            counted = watcher.state()  # before the state is written: lines up to its step are never lost
+            checkpoint.save(out_path, done, {"identity": identity, "step": done, "watch": counted, **learner.state()})
             saved_s = time.monotonic()
     batches.close()
 
     facts: dict[str, Any] = {}
     if rank == 0:
-        storage.write_json(storage.join(out_path, LEDGER_FILE), ledger_record)
-        metrics.write()
+        with checkpoint.written(storage.join(out_path, LEDGER_FILE)):
+            storage.write_json(storage.join(out_path, LEDGER_FILE), ledger_record)
+        seen = watcher.facts()
         seconds = time.monotonic() - started_s
         facts = {
             "samples_seen": recipe.samples_seen,
@@ -201,7 +217,6 @@ def train(
             "num_samples": len(train_set),
             **count_repeats(train_set_path, ledger.times_seen()),
             "seeds": seeds.to_json(),
-            "final_loss": loss_value,
             "num_parameters": num_parameters,
             "resumed_at_step": first_step,
             "device": device,
@@ -212,8 +227,8 @@ def train(
             "train_s": round(seconds, 3),
             "cpu_hours": seconds * threads * world_size / 3600,
             "gpu_hours": seconds * world_size / 3600 if device.startswith("cuda") else 0.0,
-            "samples_per_s": metrics.samples_per_s(),
-            "warnings": recipes.check(recipe),
+            "warnings": [*recipes.check(recipe), *seen.pop("alarms")],
+            **seen,
         }
         checkpoint.delete_all(out_path)
     if world_size > 1:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.core import config
+from pipeline.core import clip_model, config, storage
+from pipeline.core.errors import ConfigError, WinnowError, one_line
 
 VERSION = 2  # bump when the same recipe, train set and seeds give other weights
 
@@ -34,7 +35,7 @@ class Seeds:
 class Recipe(config.Model):
     """What one training does, on whatever train set; nothing in it says where. Defaults are open_clip's for ViTs."""
 
-    model: str | dict[str, Any]  # an architecture of open_clip, or a model_cfg mapping
+    model: str | dict[str, Any]  # an architecture of open_clip, or a model_cfg mapping; in a config also its JSON file
     image_size_px: int | None = Field(None, ge=1)  # None: the architecture's own
     start_from: str | None = None  # one of the config's models, of this architecture; None: random weights
     global_batch_size: int = Field(ge=2)  # pairs a step over all ranks: every other pair of the batch is a negative
@@ -91,8 +92,30 @@ class Recipe(config.Model):
 
 
 def parse(values: Mapping[str, Any], place: str) -> Recipe:
-    """The recipe that a config spells out. Raises ConfigError with the first fault as one line that names `place`."""
-    return config.validate(Recipe, dict(values), place)
+    """The recipe that a config spells out, with what a JSON file that it names as its model says in the name's place.
+
+    Raises:
+        ConfigError: the first fault, as one line that names `place`.
+    """
+    values = dict(values)
+    if str(values.get("model")).endswith(".json"):
+        values["model"] = _model_of_file(str(values["model"]), f"{place}.model")
+    parsed = config.validate(Recipe, values, place)
+    clip_model.check_trainable(parsed.model, f"{place}.model")
+    return parsed
+
+
+def _model_of_file(path: str, place: str) -> dict[str, Any]:
+    """The model_cfg of a file of its own, as open_clip's are, or of an open_clip_config.json."""
+    try:
+        found = storage.read_json(storage.absolute(path))
+    except (OSError, WinnowError) as error:
+        raise ConfigError(f"{place} = {path}, expected a JSON file that can be read: {one_line(error)}") from error
+    if isinstance(found, dict):
+        found = found.get("model_cfg", found)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{place} = {path}, expected a file with a model_cfg, found {type(found).__name__}")
+    return found
 
 
 def check(recipe: Recipe) -> list[str]:

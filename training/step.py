@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.core import clip_model
+from pipeline.core import clip_model, log
+from pipeline.core.errors import WinnowError, one_line
 from training.data import Batch
 from training.ledger import random_bits
 from training.loss import Features, clamp_logit_scale, contrastive_loss
@@ -35,16 +37,16 @@ class TwoTowers(torch.nn.Module):
         self.model = model
         preprocess = clip_model.preprocess_config(model)
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(preprocess[name]).view(3, 1, 1), persistent=False)
+            values = torch.tensor(preprocess[name], dtype=model.logit_scale.dtype)
+            self.register_buffer(name, values.view(3, 1, 1), persistent=False)
 
     def forward(self, image_BSS3: torch.Tensor, tokens_BT: torch.Tensor) -> Features:
         """Features of B pairs."""
-        pixels_B3SS = image_BSS3.permute(0, 3, 1, 2).float().div(255).sub(self.mean).div(self.std)
+        pixels_B3SS = image_BSS3.permute(0, 3, 1, 2).to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
         image_BD = self.model.encode_image(pixels_B3SS, normalize=True)
         text_BD = clip_model.encode_text(self.model, tokens_BT, normalize=True)
-        return Features(
-            image_BD.float(), text_BD.float(), self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
-        )
+        logit_scale, logit_bias = self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+        return Features(_at_least_float32(image_BD), _at_least_float32(text_BD), logit_scale, logit_bias)
 
 
 class Step(NamedTuple):
@@ -121,31 +123,44 @@ class Learner:
             )
         self._average: list[torch.Tensor] | None = None
         if recipe.ema_decay is not None:
-            self._average = [parameter.detach().clone() for parameter in model.parameters()]
+            self._average = [value.clone() for value in self._averaged_values()]
+        num_pairs = -(-recipe.global_batch_size // world_size)
+        if batch_size is not None:
+            num_pairs = min(num_pairs, batch_size)
+        has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())
+        if rank == 0 and has_statistics and num_pairs < recipe.global_batch_size:
+            log.logger.warning(
+                "the model normalises over a batch, here over the %d pairs of a rank's forward pass: with other ranks"
+                " or another batch_size it becomes another model",
+                num_pairs,
+            )
 
     def take_step(self, batch: Batch, want_norm: bool = False) -> Step:
         """What one optimizer step on this rank's part of a batch, which is on the model's device, leaves behind."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, batch.step)
         self.optimizer.zero_grad(set_to_none=True)
-        size = len(batch.image_BSS3)
-        if self._batch_size is None or size <= self._batch_size:
+        # All ranks take one way or the other, or their collective calls would come in different orders.
+        num_parts = 1 if self._batch_size is None else -(-max(batch.part_sizes) // self._batch_size)
+        if num_parts == 1:
             features = self._forward(self._towers, batch, slice(None))
             loss = self._loss(features, batch)
             self._scaler.scale(loss).backward()
         else:
-            loss, features = self._cached_gradients(batch, -(-size // self._batch_size))
+            loss, features = self._cached_gradients(batch, min(num_parts, len(batch.image_BSS3)))
         norm = None
         if want_norm or self.recipe.grad_clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.grad_clip_norm or math.inf)
+            parameters = list(self.model.parameters())
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if self.recipe.grad_clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.grad_clip_norm, norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         clamp_logit_scale(self.model)
         if self._average is not None:
             decay = average_decay(self.recipe, batch.step)
-            with torch.no_grad():
-                torch._foreach_lerp_(self._average, list(self.model.parameters()), 1 - decay)
+            torch._foreach_lerp_(self._average, self._averaged_values(), 1 - decay)
         return Step(loss.detach(), norm, _detached(features))
 
     def _loss(self, features: Features, batch: Batch) -> torch.Tensor:
@@ -154,7 +169,7 @@ class Learner:
     def _forward(self, towers: torch.nn.Module, batch: Batch, rows: slice) -> Features:
         """Features of a part of the batch; its patch dropout is a function of step, rank and the part's place."""
         torch.manual_seed(random_bits(self._order_seed, DROPOUT_STREAM, batch.step, self._rank, rows.start or 0) >> 1)
-        with self._autocast():
+        with self._autocast(), self._compiler():
             return Features(*towers(batch.image_BSS3[rows], batch.tokens_BT[rows]))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -162,18 +177,33 @@ class Learner:
             return contextlib.nullcontext()
         return torch.autocast(self._kind, AUTOCAST[self.recipe.precision])
 
+    @contextlib.contextmanager
+    def _compiler(self) -> Iterator[None]:
+        """Turns what torch.compile can't do here into one line."""
+        if not self.recipe.compile:
+            yield
+            return
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            yield
+        except TorchDynamoException as error:
+            reason = one_line(error).removeprefix("InductorError: ").partition(" Set TORCHDYNAMO_VERBOSE")[0]
+            raise WinnowError(f"recipe: compile = true, expected a model and a machine for it: {reason}") from error
+
     def _cached_gradients(self, batch: Batch, num_parts: int) -> tuple[torch.Tensor, Features]:
         """(loss, features) of the batch; its gradients are in the parameters."""
         edges = [len(batch.image_BSS3) * part // num_parts for part in range(num_parts + 1)]
         parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         with torch.no_grad():
             found = [self._forward(self._bare, batch, rows) for rows in parts]
-        features = Features(
-            torch.cat([part.image_nD for part in found]).requires_grad_(),
-            torch.cat([part.text_nD for part in found]).requires_grad_(),
-            found[0].logit_scale.clone().requires_grad_(),
-            None if found[0].logit_bias is None else found[0].logit_bias.clone().requires_grad_(),
+        leaves = Features(
+            torch.cat([part.image_nD for part in found]),
+            torch.cat([part.text_nD for part in found]),
+            found[0].logit_scale,
+            found[0].logit_bias,
         )
+        features = Features(*(None if value is None else value.detach().requires_grad_() for value in leaves))
         loss = self._loss(features, batch)
         self._scaler.scale(loss).backward()
         for rows in parts:
@@ -196,14 +226,17 @@ class Learner:
         if self._average is None:
             yield
             return
-        parameters = list(self.model.parameters())
-        own = [parameter.detach().clone() for parameter in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, self._average)
-            try:
-                yield
-            finally:
-                torch._foreach_copy_(parameters, own)
+        values = self._averaged_values()
+        own = [value.clone() for value in values]
+        torch._foreach_copy_(values, self._average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(values, own)
+
+    def _averaged_values(self) -> list[torch.Tensor]:
+        """The weights and, where the model normalises over batches, its running statistics."""
+        return [value for value in self.model.state_dict().values() if value.is_floating_point()]
 
     def state(self) -> dict[str, Any]:
         """Everything that later steps depend on, as tensors and plain containers."""
@@ -221,6 +254,10 @@ class Learner:
         self._scaler.load_state_dict(state["scaler"])
         if self._average is not None:
             torch._foreach_copy_(self._average, state["average"])
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _detached(features: Features) -> Features:

@@ -10,6 +10,8 @@ has the largest id, still does.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,18 @@ def restored(trained: torch.Tensor, used: np.ndarray, full: torch.Tensor, factor
     table = full * factor
     table[torch.from_numpy(used)] = trained.to(table)
     return table
+
+
+@contextlib.contextmanager
+def whole(model: Any, used: np.ndarray, full: torch.Tensor, factor: float) -> Iterator[None]:
+    """The model has the table that restored() makes meanwhile: tokens are the tokenizer's, whatever the caption."""
+    compact = model.token_embedding
+    table = restored(compact.weight.detach().cpu(), used, full, factor)
+    model.token_embedding = torch.nn.Embedding.from_pretrained(table.to(compact.weight.device))
+    try:
+        yield
+    finally:
+        model.token_embedding = compact
 
 
 def unused_factor(recipe: Recipe, num_steps: int) -> float:

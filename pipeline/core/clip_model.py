@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core import storage
-from pipeline.core.errors import ConfigError, WinnowError, suggestion
+from pipeline.core.errors import ConfigError, WinnowError, one_line, suggestion
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -42,10 +42,12 @@ class Clip:
 
 
 def check_architecture(architecture: Architecture, place: str) -> None:
-    """None. Raises ConfigError when open_clip has no such architecture, or a mapping lacks a part. Imports no torch."""
+    """None. Raises ConfigError when open_clip can't build such an architecture here. Imports no torch."""
     if isinstance(architecture, str):
         known = _known_architectures()
-        if architecture not in known and not architecture.startswith("hf-hub:"):
+        if architecture in known:
+            _check_packages(storage.read_json(known[architecture]), f"{place} = {architecture}")
+        elif not architecture.startswith("hf-hub:"):
             hint = suggestion(architecture, known)
             raise ConfigError(f"{place} = {architecture}, expected an architecture of open_clip.{hint}")
         return
@@ -57,14 +59,46 @@ def check_architecture(architecture: Architecture, place: str) -> None:
         if not isinstance(architecture[part], kind):
             what = "a whole number" if kind is int else "a mapping"
             raise ConfigError(f"{place}.{part} = {architecture[part]}, expected {what}")
+    _check_packages(architecture, place)
 
 
-def _known_architectures() -> list[str]:
-    """open_clip's own names, read off its files: importing it takes seconds."""
+def check_trainable(architecture: Architecture, place: str) -> None:
+    """None. Raises ConfigError for an architecture that is more than two towers, or sees other than squares."""
+    config: Mapping[str, Any] = {}
+    if not isinstance(architecture, str):
+        config = architecture
+    elif architecture in (known := _known_architectures()):
+        config, place = storage.read_json(known[architecture]), f"{place} = {architecture}"
+    if "multimodal_cfg" in config:
+        raise ConfigError(f"{place}: a model that writes captions (multimodal_cfg), expected an image and a text tower")
+    vision = config.get("vision_cfg")
+    size = vision.get("image_size") if isinstance(vision, Mapping) else None
+    if isinstance(size, Sequence) and len(set(size)) > 1:
+        raise ConfigError(f"{place}: vision_cfg.image_size = {list(size)}, expected a square")
+
+
+def _check_packages(config: Mapping[str, Any], place: str) -> None:
+    for part, keys, package in (
+        ("vision_cfg", ("timm_model_name",), "timm"),
+        ("text_cfg", ("hf_model_name", "hf_tokenizer_name"), "transformers"),
+    ):
+        found = next((key for key in keys if config[part].get(key)), None)
+        if found and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{place}: {part}.{found} = {config[part][found]}, which needs the package {package}, expected it here"
+            )
+
+
+def _known_architectures() -> dict[str, str]:
+    """{open_clip's own names: their files}, as importing it takes seconds."""
     spec = importlib.util.find_spec("open_clip")
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    files = [name for folder in folders for name in storage.list_files(os.path.join(folder, "model_configs"))]
-    return sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
+    found = {}
+    for folder in (os.path.join(folder, "model_configs") for folder in folders):
+        for name in storage.list_files(folder):
+            if name.endswith(".json"):
+                found[name.removesuffix(".json")] = os.path.join(folder, name)
+    return found
 
 
 def check_tag(architecture: Architecture, pretrained: str, place: str) -> None:
@@ -95,17 +129,23 @@ def build(architecture: Architecture, image_size_px: int | None = None, **option
     Args:
         image_size_px: overrides the architecture's own; None keeps it.
         options: keywords of open_clip.create_model_and_transforms (`init_logit_scale`, `force_patch_dropout`, ...).
+
+    Raises:
+        WinnowError: open_clip can't make a model of this.
     """
     import open_clip
 
-    if isinstance(architecture, str):
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            architecture, pretrained=None, force_image_size=image_size_px, output_dict=True, **options
-        )
-        return Clip(model, preprocess, open_clip.get_tokenizer(architecture), "cpu")
-    with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
-        _write_config(folder, architecture, preprocess=None)
-        return _open_folder(folder, load_weights=False, force_image_size=image_size_px, **options)
+    try:
+        if isinstance(architecture, str):
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                architecture, pretrained=None, force_image_size=image_size_px, output_dict=True, **options
+            )
+            return Clip(model, preprocess, open_clip.get_tokenizer(architecture), "cpu")
+        with tempfile.TemporaryDirectory(prefix="winnow-") as folder:
+            _write_config(folder, architecture, preprocess=None)
+            return _open_folder(folder, load_weights=False, force_image_size=image_size_px, **options)
+    except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:  # how it and timm refuse
+        raise WinnowError(f"model = {architecture}, expected what open_clip can build: {one_line(error)}") from error
 
 
 def _open_folder(folder: str, load_weights: bool, **options: Any) -> Clip:
@@ -132,13 +172,10 @@ def preprocess_config(model: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
-def save(model: Any, architecture: Architecture, folder: str, tensors: Mapping[str, Any] | None = None) -> None:
+def save(model: Any, architecture: Architecture, folder: str) -> None:
     """None; writes a model folder that plain open_clip opens as `local-dir:FOLDER`, with its preprocessing.
 
     Its open_clip_model.safetensors also loads as `pretrained=` of an architecture known by name.
-
-    Args:
-        tensors: the weights by name; None: the model's own.
     """
     from safetensors.torch import save as to_bytes
 
@@ -149,7 +186,7 @@ def save(model: Any, architecture: Architecture, folder: str, tensors: Mapping[s
         _write_config(temporary, config, preprocess_config(model))
         with open(os.path.join(temporary, CONFIG_FILE), "rb") as file:
             storage.write_bytes(storage.join(folder, CONFIG_FILE), file.read())
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or model.state_dict()).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     storage.write_bytes(storage.join(folder, WEIGHTS_FILE), to_bytes(state))
 
 
