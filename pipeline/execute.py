@@ -1,61 +1,39 @@
 """Runs a plan: every ready step whose resources fit, together; finished ones are skipped; failures stay local.
 
 The driver only submits and waits. A step that fails leaves the others running; what depends on it is not done, and
-its row in the leaderboard is N/A. The run folder maps the user's names to artifacts:
-
-    runs/2026-01-31T12-00-00Z_demo/   config.yaml  plan.json  log.jsonl  run.json  leaderboard.{md,json,csv,html}
+its row in the leaderboard is N/A. What runs remotely: remote.py and the stages; what is seen of it: watch.py; the run's
+folder: runs.py.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import datetime
 import functools
-import importlib.metadata
-import re
-import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from eval import tasks as eval_tasks
-from pipeline import account, states
 from pipeline import plan as planning
+from pipeline import remote, runs, states, watch
 from pipeline.core import artifact, log, pool, storage
 from pipeline.core.config import Resources
-from pipeline.core.engine import ROOT, Engine, post
+from pipeline.core.engine import Engine, post
 from pipeline.core.errors import StepError, WinnowError, one_line
 from pipeline.core.passes import Passes, timed
-from pipeline.runs import RUNS
+from pipeline.runs import Outcome
 from pipeline.states import Status
-from pipeline.steps import Plan, Step, reference_role, references_of
+from pipeline.steps import Plan, Step, Training, reference_role, references_of
 from stages.base import Stage
 from stages.column_files import Column
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, gallery, shares, train_set
 from stages.stage_worker import Reference, StageJob, StageWorker, fit, fit_path
-from training.recipe import Recipe
-from training.worker import train_on_ray
 
-URL_SECRETS = re.compile(r"(?P<scheme>[a-z0-9]+://)(?:[^\s/@'\"]+@)?(?P<path>[^\s?'\"]*)(?:\?[^\s'\"]*)?")
 POLL_S = 0.25
-POST_EVERY_S = 1.0
-PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "pillow", "fasttext-community", "webdataset")
-
-
-@dataclass
-class Outcome:
-    """What became of a run: the last status of every step, and the failed ones with their causes."""
-
-    statuses: dict[str, Status]
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 class Executor:
@@ -66,12 +44,10 @@ class Executor:
         self.engine = engine
         self.progress = progress
         self.run_path = run_path
-        self.versions = package_versions()
+        self.versions = runs.package_versions()
         self.stopped = threading.Event()
         self.interrupted: list[str] = []  # folders that were being written when the run was stopped
-        self._over = threading.Event()
-        self._watched: dict[str, int] = {}  # trainings that were submitted, and their samples
-        self._downloads: set[str] = set()  # downloads that are under way
+        self._watch = watch.Watch(engine, progress, run_path, plan.config.train.log_to)
 
     def run(self, targets: Sequence[str], outcome: Outcome) -> Outcome:
         """The outcome after every step that `targets` need is done, failed, or waits for a failed one."""
@@ -83,8 +59,8 @@ class Executor:
             if self.plan.steps[name].unavailable:
                 outcome.failures[name] = self.plan.steps[name].unavailable
         running: dict[concurrent.futures.Future, list[str]] = {}
-        write_plan(self.run_path, outcome)
-        threading.Thread(target=self._watch_trainings, daemon=True).start()
+        runs.write_plan(self.run_path, outcome)
+        self._watch.start()
         with concurrent.futures.ThreadPoolExecutor(max_workers=256, thread_name_prefix="step") as threads:
             try:
                 while True:
@@ -100,14 +76,14 @@ class Executor:
                         del running[future]
                     if done:
                         outcome.statuses = states.resolve(self.plan, outcome.statuses)
-                        write_plan(self.run_path, outcome)
+                        runs.write_plan(self.run_path, outcome)
             except BaseException:
                 self.interrupted = [_path(outcome.statuses, name) for names in running.values() for name in names]
                 self.stopped.set()
                 self.engine.cancel()
                 raise
             finally:
-                self._over.set()
+                self._watch.stop()
 
     def _ready(
         self, wanted: list[str], outcome: Outcome, running: Mapping[Any, list[str]], busy: set[str]
@@ -252,19 +228,16 @@ class Executor:
             self.plan.exclude,
         )
         self.progress.start(label, sum(shard.rows for shard in shards), "rows")
-        self._downloads.add(label)
-        try:
+        with self._watch.download(label):
             done = self.engine.map_on_actors(
                 download.DownloadWorker,
-                (job, _threads(resources), functools.partial(_post_download, self.engine.board(), label)),
+                (job, _threads(resources), functools.partial(remote.post_download, self.engine.board(), label)),
                 [(shard,) for shard in shards],
                 [f"{label}/{shard.name}" for shard in shards],
                 resources,
                 lambda index, facts: self.progress.advance(label, facts["kept_rows"]),
                 items_at_once=download.SHARDS_AT_ONCE,
             )
-        finally:
-            self._downloads.discard(label)
         facts = pool_shards.pool_facts(record["facts"]["rows"], 0, done)
         facts |= {
             "bytes": sum(shard["bytes"] for shard in done),
@@ -384,8 +357,7 @@ class Executor:
             return None
         if "model" in step.inputs:
             return {"folder": storage.join(_path(statuses, step.inputs["model"]), "open_clip")}
-        model = self.plan.config.models[step.work.model]
-        return {"architecture": model.architecture, "pretrained": planning.weights_path(model.pretrained or "")}
+        return planning.published_source(self.plan.config.models[step.work.model])
 
     def _choice(self, step: Step, statuses: Mapping[str, Status]) -> tuple:
         """The arguments of choose.select, of a step that chooses or that looks at a choice."""
@@ -433,21 +405,28 @@ class Executor:
         return facts, {"known": known}
 
     def _run_training(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
-        recipe, seed = step.work
+        work: Training = step.work
         resources = self._resources(step)
         source, out_path = _path(statuses, step.inputs["train_set"]), _path(statuses, step.name)
-        self._watched[label] = recipe.samples_seen
-        try:
-            every_s = self.plan.config.train.checkpoint_every_s
-            report = functools.partial(post, self.engine.board(), label)
+        start = work.start
+        if "start" in step.inputs:
+            start = {"folder": storage.join(_path(statuses, step.inputs["start"]), "open_clip")}
+        options = {
+            "batch_size": resources.batch_size,
+            "start": start,
+            "held_out_path": _path(statuses, step.inputs["held_out"]) if "held_out" in step.inputs else None,
+            "checkpoint_every_s": self.plan.config.train.checkpoint_every_s,
+        }
+        arguments = (source, out_path, work.recipe, work.seeds)
+        report = functools.partial(post, self.engine.board(), label)
+        settings = {**step.values, "train_set": storage.name_of(source)}
+        with self._watch.training(label, work.recipe.samples_seen, out_path, settings):
             if (resources.workers or 1) > 1:
-                arguments = (source, out_path, recipe, seed, resources, every_s, report)
-                facts = self.engine.map(train_on_several, [arguments], [label], Resources(cpus=0))[0]
+                arguments = (*arguments, resources, report, options)
+                facts = self.engine.map(remote.train_on_several, [arguments], [label], Resources(cpus=0))[0]
             else:
-                arguments = (source, out_path, recipe, seed, _device(resources), _threads(resources), every_s, report)
-                facts = self._one(label, train_one, arguments, step)
-        finally:
-            self._watched.pop(label)
+                arguments = (*arguments, _device(resources), _threads(resources), report, options)
+                facts = self._one(label, remote.train_one, arguments, step)
         self.progress.end(label)
         return facts, {"fact_files": ["metrics.jsonl"]}
 
@@ -456,7 +435,7 @@ class Executor:
         resources = self._resources(steps[0])
         checkpoint = statuses[steps[0].inputs["checkpoint"]].artifact
         assert checkpoint is not None  # a ready step's inputs are done
-        tasks = [task_data(self.plan, step.work, statuses) for step in steps]
+        tasks = [runs.task_data(self.plan, step.work, statuses) for step in steps]
         architecture = self.plan.recipe.model
         arguments = (
             {"folder": storage.join(checkpoint.path, "open_clip")},
@@ -470,7 +449,7 @@ class Executor:
         )
         self.progress.start(label, len(tasks), "tasks")
         failed = {}
-        for step, (facts, error) in zip(steps, self._one(label, evaluate_all, arguments, steps[0]), strict=True):
+        for step, (facts, error) in zip(steps, self._one(label, remote.evaluate_all, arguments, steps[0]), strict=True):
             if error is None:
                 self._finish(step, statuses, facts | {"device": _device(resources)}, started)
             else:
@@ -500,60 +479,6 @@ class Executor:
             sizes = f"about {log.short_count(needed)}B, {log.short_count(free)}B are free"
             raise StepError(f"{step.name}: not enough disk at {self.plan.config.root}: it will write {sizes}")
 
-    def _watch_trainings(self) -> None:
-        """Puts what trainings and downloads post on the screen until the run ends."""
-        seen: dict[str, int] = {}
-        fetched: dict[str, dict[str, Any]] = {}
-        while not self._over.wait(POST_EVERY_S):
-            if not self._watched and not self._downloads:
-                continue
-            try:
-                posted = self.engine.posted()
-            except Exception as error:  # the board is a convenience: without it a run is only less talkative
-                log.logger.debug("no progress to show: %s", error)
-                continue
-            for label in list(self._downloads):
-                self._show_download(label, posted, fetched)
-            for label, total in list(self._watched.items()):
-                values = posted.get(label)
-                if values is None:
-                    continue
-                if label not in seen:  # it may have waited for a place, or goes on from a saved step
-                    seen[label] = values["samples_seen"]
-                    self.progress.start(label, total - seen[label], "samples")
-                elif values["samples_seen"] > seen[label]:
-                    new = values["samples_seen"] - seen[label]
-                    seen[label] = values["samples_seen"]
-                    self.progress.advance(label, new, new, note=f"loss {values['loss']:.3f}")
-
-    def _show_download(self, label: str, posted: Mapping[str, Mapping], seen: dict[str, dict[str, Any]]) -> None:
-        """None; advances the download's line by what its workers posted since it was last looked at."""
-        for worker, values in posted.items():
-            if not worker.startswith(f"{label}@"):
-                continue
-            before = seen.get(worker, {"rows": 0, "ok_rows": 0, "failed": {}})
-            seen[worker] = dict(values)
-            failed = {reason: count - before["failed"].get(reason, 0) for reason, count in values["failed"].items()}
-            new_rows = values["rows"] - before["rows"]
-            if not new_rows:
-                continue
-            all_workers = [found for name, found in seen.items() if name.startswith(f"{label}@")]
-            rows = sum(found["rows"] for found in all_workers)
-            share = sum(found["ok_rows"] for found in all_workers) / rows
-            speed = sum(found["bytes"] / found["seconds"] for found in all_workers)
-            note = f"{log.short_count(speed)}B/s  {share:.0%} ok"
-            self.progress.advance(label, new_rows, values["ok_rows"] - before["ok_rows"], failed, note)
-
-
-def write_plan(run_path: str, outcome: Outcome) -> None:
-    """None; the run's plan.json: every step's state and artifact, as known now."""
-    steps = {
-        name: {"state": status.state, "artifact": status.artifact.name, "why": status.why}
-        for name, status in outcome.statuses.items()
-        if status.artifact is not None
-    }
-    storage.write_json(storage.join(run_path, "plan.json"), {"steps": steps, "failures": outcome.failures})
-
 
 def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> int:
     """The exit code of a run; the leaderboard is printed and written when the run is a whole one.
@@ -564,8 +489,8 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     name = storage.name_of(config_path).rsplit(".", 1)[0]
-    run_path = _new_run_path(plan.config.root, now, name)
-    storage.write_bytes(storage.join(run_path, "config.yaml"), _config_text(plan.config).encode())
+    run_path = runs.new_run_path(plan.config.root, now, name)
+    storage.write_bytes(storage.join(run_path, "config.yaml"), runs.config_text(plan.config).encode())
     progress = log.Progress(storage.join(run_path, "log.jsonl"))
     engine = executor = None
     try:
@@ -578,11 +503,11 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
             engine = Engine()
             executor = Executor(plan, engine, progress, run_path)
             outcome = executor.run(targets, outcome)
-        write_plan(run_path, outcome)
+        runs.write_plan(run_path, outcome)
         if whole:
             from pipeline import report
 
-            storage.write_json(storage.join(run_path, "run.json"), run_record(plan, outcome, name, now))
+            storage.write_json(storage.join(run_path, "run.json"), runs.run_record(plan, outcome, name, now))
             text = report.write_report(run_path, log.screen_width())
             progress.close()
             print(text)
@@ -596,216 +521,6 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
             engine.close()
         for path in executor.interrupted if executor else []:  # its writers are gone now
             artifact.remove_temporaries(path)
-
-
-def task_data(plan: Plan, name: str, statuses: Mapping[str, Status]) -> eval_tasks.TaskData:
-    """The task with its files; those of the demo world are there once the step `tasks` is done."""
-    data = plan.tasks[name]
-    if data is not None:
-        return data
-    status = statuses["tasks"]
-    assert status.artifact is not None and status.record is not None  # asked for only then
-    drawn = eval_tasks.resolve_task(name, status.artifact.path)
-    return dataclasses.replace(drawn, digest=f"{artifact.content_digest(status.record)}/{name}")
-
-
-def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
-    """The run.json that the report is made from: names mapped to artifacts. Read by pipeline/report/records.py."""
-    statuses = outcome.statuses
-    pool_status = statuses["pool"]
-    pool_facts = (pool_status.record or {}).get("facts", {})
-
-    def made(step: str) -> str | None:
-        status = statuses.get(step)
-        return status.artifact.name if status and status.artifact and status.state == "done" else None
-
-    def error(step: str) -> str | None:
-        if step not in statuses or statuses[step].state == "done":
-            return None
-        causes = [
-            f"{other}: {outcome.failures[other]}" for other in plan.ancestors([step]) if other in outcome.failures
-        ]
-        return causes[0] if causes else "not done"
-
-    ends_at_selections = plan.config.pool.download is False
-    strategies = []
-    for strategy in plan.config.compare:
-        strategies.append(
-            {
-                "name": strategy,
-                "selection": made(f"{strategy}/selection"),
-                "train_set": made(f"{strategy}/train_set"),
-                "gallery": made(f"{strategy}/gallery"),
-                "shares": made(f"{strategy}/shares"),
-                "compared": True,
-                "label": account.label(plan, strategy),
-                "uses": account.uses(plan, strategy, statuses),
-                "choosing": account.cost_of_choosing(plan, strategy, statuses),
-                "error": error(f"{strategy}/{'selection' if ends_at_selections else 'train_set'}"),
-            }
-        )
-    tasks = []
-    for task in plan.tasks:
-        if plan.tasks[task] is None and statuses["tasks"].state != "done":
-            continue  # without the world's tasks there is no result to show
-        data = task_data(plan, task, statuses)
-        tasks.append(
-            {
-                "name": data.name,
-                "type": data.task.type,
-                "metric": data.task.metric,
-                "chance": data.chance,
-                "group": data.task.group,
-                "in_domain": data.task.in_domain,
-                "title": data.task.title,
-            }
-        )
-    contamination = [
-        {"stage": alias, "path": made(alias), "error": error(alias)}
-        for alias, step in plan.steps.items()
-        if isinstance(step.work, Stage) and step.work.uses_references and step.work.against == planning.TASKS
-    ]
-    seeds = [] if ends_at_selections else plan.config.train.seeds
-    runs = [(strategy, seed) for strategy in plan.config.compare for seed in seeds]
-    return {
-        "config_name": name,
-        "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "winnow_version": importlib.metadata.version("winnow") if _installed() else "source",
-        "metric_version": eval_tasks.METRIC_VERSION,
-        "recipe": {
-            "name": plan.config.train.recipe,
-            "model": plan.recipe.model if isinstance(plan.recipe.model, str) else "custom",
-            "samples_seen": plan.recipe.samples_seen,
-            "global_batch": plan.recipe.global_batch_size,
-            "lr": plan.recipe.lr,
-        },
-        "pool": {
-            "path": pool_status.artifact.name if pool_status.artifact else None,
-            "rows": pool_facts.get("rows"),
-            "ok": pool_facts.get("ok_rows"),
-            "failed": pool_facts.get("failed", {}),
-        },
-        "strategies": strategies,
-        "tasks": tasks,
-        "trainings": [
-            {
-                "strategy": strategy,
-                "seed": seed,
-                "checkpoint": made(f"{strategy}/seed{seed}/train"),
-                "error": error(f"{strategy}/seed{seed}/train"),
-            }
-            for strategy, seed in runs
-        ],
-        "results": [
-            {
-                "strategy": strategy,
-                "seed": seed,
-                "task": task["name"],
-                "path": made(f"{strategy}/seed{seed}/eval/{task['name']}"),
-                "error": error(f"{strategy}/seed{seed}/eval/{task['name']}"),
-            }
-            for strategy, seed in runs
-            for task in tasks
-        ],
-        "contamination": contamination,
-        "shares": plan.config.shares,
-        "published": plan.config.published,
-        "published_note": plan.config.published_note,
-        "baseline": plan.config.baseline or plan.config.compare[0],
-    }
-
-
-def _post_download(board: Any, label: str, worker: str, values: dict[str, Any]) -> None:
-    """None; posts one download worker's counts."""
-    post(board, f"{label}@{worker}", values)
-
-
-# What runs remotely. torch and what needs it come in there, never in the driver.
-
-
-def train_one(
-    train_set_path: str,
-    out_path: str,
-    recipe: Recipe,
-    seed: int,
-    device: str,
-    threads: int,
-    every_s: float,
-    report: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Facts of one training in this process; `report` posts its progress."""
-    from training.loop import train
-
-    return train(
-        train_set_path,
-        out_path,
-        recipe,
-        seed,
-        device=device,
-        threads=threads,
-        checkpoint_every_s=every_s,
-        report=report,
-    )
-
-
-def train_on_several(
-    train_set_path: str,
-    out_path: str,
-    recipe: Recipe,
-    seed: int,
-    resources: Resources,
-    every_s: float,
-    report: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Facts of one training on several workers; this process only waits for them."""
-    return train_on_ray(train_set_path, out_path, recipe, seed, resources, report=report, checkpoint_every_s=every_s)
-
-
-def evaluate_all(
-    source: Mapping[str, Any],
-    tasks: Sequence[eval_tasks.TaskData],
-    out_paths: Sequence[str],
-    model: str,
-    pretrained: str,
-    device: str,
-    batch_size: int,
-    threads: int,
-) -> list[tuple[dict[str, Any] | None, str | None]]:
-    """(facts, error) of each task of one checkpoint."""
-    from eval.evaluate import evaluate
-
-    done = evaluate(
-        source,
-        tasks,
-        out_paths,
-        model=model,
-        pretrained=pretrained,
-        device=device,
-        batch_size=batch_size,
-        threads=threads,
-    )
-    return [(task.facts, task.error) for task in done]
-
-
-def _new_run_path(root: str, now: datetime.datetime, name: str) -> str:
-    stamp = now.strftime("%Y-%m-%dT%H-%M-%SZ")
-    taken = set(storage.list_folders(storage.join(root, RUNS)))
-    candidates = (f"{stamp}_{name}{suffix}" for suffix in ["", *(f"_{number}" for number in range(2, 100))])
-    return storage.join(root, RUNS, next(run for run in candidates if run not in taken))
-
-
-def _config_text(config: Any) -> str:
-    """The resolved config; what a URL carries beyond its path (signatures, tokens, passwords) stays out of records."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return URL_SECRETS.sub(r"\g<scheme>\g<path>", text)
-
-
-def _installed() -> bool:
-    try:
-        importlib.metadata.version("winnow")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _path(statuses: Mapping[str, Status], name: str) -> str:
@@ -831,20 +546,3 @@ def _threads(resources: Resources) -> int:
 
 def _device(resources: Resources) -> str:
     return "cuda" if resources.gpus > 0 else "cpu"
-
-
-def package_versions() -> dict[str, Any]:
-    """{versions, code}: of the packages that decide values, and the git commit of our own code where there is one."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
-    return {"versions": versions, "code": commit}

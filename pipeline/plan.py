@@ -1,7 +1,8 @@
 """Config -> the DAG of steps.
 
-    pool -> stages' columns -> selection -> train_set -> train (per seed) -> eval (per task)
+    pool -> stages' columns -> selection -> train_set -> train (per budget and seed) -> eval (per task)
       ^      ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
+      ^      ^ and so may a training, to start from, as it may need a reference to be watched on
       ^      ^ or references: pools of their own (a task's images among them), with columns of their own
       ^      ^ or a strategy that it works within, which is a selection: rows outside are to it as failed rows are
       ^ where the source is a table of URLs: urls -> columns that need no image -> selection -> download
@@ -17,10 +18,20 @@ from dataclasses import fields, replace
 from typing import Any
 
 from eval import tasks as eval_tasks
+from pipeline import trackers
 from pipeline.core import clip_model, storage
-from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig, validate
+from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig, TrainConfig, validate
 from pipeline.core.errors import FAILURES, ConfigError, WinnowError, one_line, suggestion
-from pipeline.steps import Plan, Step, ancestors, reference_role, stage_columns, stage_name
+from pipeline.steps import (
+    Plan,
+    Step,
+    Training,
+    ancestors,
+    reference_role,
+    stage_columns,
+    stage_name,
+    training_prefix,
+)
 from stages import build_stage, exclusion
 from stages.base import Stage
 from stages.column_files import ARROW_TYPES, POOL_TYPES
@@ -30,6 +41,7 @@ from stages.ingest.samples import ORIGINAL_FILE, ORIGINAL_NAME
 from stages.selection import choose, gallery, shares, train_set
 from stages.selection import strategies as algebra
 from training import ledger, recipe
+from training.recipe import Recipe, Seeds
 
 TRAIN_SHARD_SIZE = 10_000  # samples a tar of a train set
 KNOWN_BEFORE = ("uid", "caption", "source", "url", "original_width_px", "original_height_px")  # a download
@@ -61,6 +73,7 @@ def build(config: Config, place: str) -> Plan:
     read = _read_step("pool", config.pool, f"{place}: pool")
     settings = _download_settings(read, config.pool, f"{place}: pool")
     ends_at_selections = config.pool.download is False
+    trackers.check(config.train.log_to, config.root, f"{place}: train.log_to")
     exclude = exclusion.parse(config.exclude.uids, config.exclude.domains, f"{place}: exclude")
     recipes = _recipes(config, place)
     stages, limits = _stages(config, place)
@@ -96,6 +109,7 @@ def build(config: Config, place: str) -> Plan:
     # Stages and models depend on each other in turns: a stage on a model, a model on a strategy, that on columns.
     columns: dict[str, tuple[str, str]] = {}
     visiting: list[str] = []
+    used_models: dict[str, Any] = {}  # what identifies each
     warnings: list[str] = []
 
     def owner_of(column: str) -> str | None:
@@ -174,15 +188,8 @@ def build(config: Config, place: str) -> Plan:
             values["fields"] |= _external_digests(stage, f"{place}: stages.{alias}")
         if stage.uses_model:
             name = stage.model  # type: ignore[attr-defined]
-            if name not in config.models:
-                hint = suggestion(name, config.models)
-                raise ConfigError(f"{place}: stages.{alias}.model = {name}, expected one of the models.{hint}")
-            model = config.models[name]
-            if model.recipe is not None:
-                inputs["model"] = add_model(name, model)
-                values["fields"]["model"] = "input"
-            else:
-                values["fields"]["model"] = _published_model(model, f"{place}: models.{name}")
+            values["fields"]["model"], own_inputs = add_named_model(name, "model", f"{place}: stages.{alias}.model")
+            inputs |= own_inputs
         visiting.pop()
         add(Step(step_name, stage_name(stage), stage.version, values, inputs, alias, stage, missing))
         if pool_step == "pool":
@@ -227,6 +234,17 @@ def build(config: Config, place: str) -> Plan:
             add(_read_step(step_name, source, f"{place}: eval: task {task}"))
         return step_name
 
+    def add_named_model(name: str, role: str, where: str) -> tuple[Any, dict[str, str]]:
+        """(what identifies the model, inputs): of one of the config's models that a step needs in this role."""
+        if name not in config.models:
+            hint = suggestion(name, config.models)
+            raise ConfigError(f"{where} = {name}, expected one of the models.{hint}")
+        model = config.models[name]
+        inputs = {role: add_model(name, model)} if model.recipe is not None else {}
+        if name not in used_models:
+            used_models[name] = "input" if inputs else _published_model(model, f"{place}: models.{name}")
+        return used_models[name], inputs
+
     def add_model(name: str, model: ModelConfig) -> str:
         step_name = f"model/{name}"
         if step_name in steps:
@@ -234,8 +252,23 @@ def build(config: Config, place: str) -> Plan:
         _enter(visiting, f"models.{name}", place)
         trained = _recipe(recipes, model.recipe or "", f"{place}: models.{name}.recipe")
         source = add_train_set(f"{step_name}/", model.on or "")
+        seed = model.seed or 0
+        made = add_training(step_name, model.recipe or "", trained, Seeds(seed, seed), {"train_set": source})
         visiting.pop()
-        return add(_train_step(step_name, trained, model.seed or 0, source))
+        return made
+
+    def add_training(name: str, recipe_name: str, trained: Recipe, seeds: Seeds, inputs: dict[str, str]) -> str:
+        """The step of one training, after the model that it starts from."""
+        identity, start = trained.identity(), None
+        if trained.start_from is not None:
+            where = f"{place}: recipe {recipe_name}: start_from"
+            identity["start_from"], own_inputs = add_named_model(trained.start_from, "start", where)
+            _check_start(trained, config.models[trained.start_from], recipes, where)
+            inputs = inputs | own_inputs
+            start = None if own_inputs else published_source(config.models[trained.start_from])
+        values = {"recipe": identity, "seeds": seeds.to_json(), "ledger": ledger.VERSION}
+        work = Training(trained, seeds, start)
+        return add(Step(name, "checkpoint", recipe.VERSION, values, inputs, "train", work))
 
     def add_chosen(prefix: str, choice: str) -> tuple[str, str]:
         """(pool, selection): the steps that a strategy, or a whole reference, is; `prefix` names the selection."""
@@ -321,12 +354,17 @@ def build(config: Config, place: str) -> Plan:
         add_pool(reference_read, reference, reference_settings)
     for alias in stages:
         add_stage(alias)
-    used = {getattr(stage, "model", None) for stage in stages.values() if stage.uses_model}
-    for name in config.models:
-        if name not in used:
-            raise ConfigError(f"{place}: models.{name} has no effect, expected a stage that names it as its model")
 
     shared = _recipe(recipes, config.train.recipe, f"{place}: train.recipe")
+    if shared.start_from is not None:
+        _check_seeds(config.train, f"{place}: train")
+    by_budget = _budgets(shared, config.train.budgets, f"{place}: train.budgets")
+    watched = {}
+    if config.train.held_out is not None and not ends_at_selections:
+        watched["held_out"] = f"reference/{config.train.held_out}"
+        if watched["held_out"] in known_without_images:
+            reference = f"references.{config.train.held_out}"
+            raise ConfigError(f"{place}: train.held_out: {reference}.download = false, expected pairs with images")
     for strategy in config.compare:
         if ends_at_selections:
             add_chosen(f"{strategy}/", strategy)
@@ -334,19 +372,30 @@ def build(config: Config, place: str) -> Plan:
             continue
         source = add_train_set(f"{strategy}/", strategy)
         add_views(strategy)
-        for seed in config.train.seeds:
-            trained = add(_train_step(f"{strategy}/seed{seed}/train", shared, seed, source))
-            for task, data in tasks.items():
-                inputs = {"checkpoint": trained} | ({} if data else {"tasks": "tasks"})
-                values = {"task": data.digest if data else task}
-                name = f"{strategy}/seed{seed}/eval/{task}"
-                add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
+        if watched and on_references.get(strategy) == config.train.held_out:
+            warnings.append(
+                f"train.held_out = {config.train.held_out}: {strategy} trains on it, so nothing is held out"
+            )
+        for samples_seen, trained in by_budget.items():
+            for seed in config.train.seeds:
+                prefix = training_prefix(by_budget, strategy, samples_seen, seed)
+                inputs = {"train_set": source, **watched}
+                seeds = _seeds(config.train, seed)
+                checkpoint = add_training(f"{prefix}/train", config.train.recipe, trained, seeds, inputs)
+                for task, data in tasks.items():
+                    inputs = {"checkpoint": checkpoint} | ({} if data else {"tasks": "tasks"})
+                    values = {"task": data.digest if data else task}
+                    name = f"{prefix}/eval/{task}"
+                    add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
+    for name in config.models:
+        if name not in used_models:
+            raise ConfigError(f"{place}: models.{name} has no effect, expected a stage or a recipe that names it")
     _check_cluster(config, stages, place)
-    in_use = ({} if ends_at_selections else {config.train.recipe: shared}) | {
-        model.recipe: recipes[model.recipe] for model in config.models.values() if model.recipe
-    }
-    warnings += [f"recipe {name}: {warning}" for name, found in in_use.items() for warning in recipe.check(found)]
-    return Plan(config, steps, columns, shared, tasks, list(dict.fromkeys(warnings)), exclude)
+    at = {num: f" at samples_seen = {num}" if len(by_budget) > 1 else "" for num in by_budget}
+    in_use = [] if ends_at_selections else [(config.train.recipe + at[num], by_budget[num]) for num in by_budget]
+    in_use += [(model.recipe, recipes[model.recipe]) for model in config.models.values() if model.recipe]
+    warnings += [f"recipe {name}: {warning}" for name, found in in_use for warning in recipe.check(found)]
+    return Plan(config, steps, columns, by_budget, tasks, list(dict.fromkeys(warnings)), exclude)
 
 
 def _read_step(name: str, config: PoolConfig, place: str) -> Step:
@@ -385,17 +434,52 @@ def _download_settings(read: Step, config: PoolConfig, place: str) -> DownloadSe
     return settings
 
 
-def _train_step(name: str, trained: recipe.Recipe, seed: int, source: str) -> Step:
-    values = {"recipe": trained.identity(), "seed": seed, "ledger": ledger.VERSION}
-    return Step(name, "checkpoint", recipe.VERSION, values, {"train_set": source}, "train", (trained, seed))
+def _seeds(train: TrainConfig, seed: int) -> Seeds:
+    """Of one training: its own, but for the parts that the config gives to all."""
+    return Seeds(
+        initialisation=seed if train.initialisation_seed is None else train.initialisation_seed,
+        order=seed if train.order_seed is None else train.order_seed,
+    )
 
 
-def _recipes(config: Config, place: str) -> dict[str, recipe.Recipe]:
+def _check_seeds(train: TrainConfig, place: str) -> None:
+    """None. Raises ConfigError for seeds that mean nothing where all trainings start from the same weights."""
+    if train.initialisation_seed is not None:
+        raise ConfigError(
+            f"{place}.initialisation_seed has no effect where the recipe starts from a model, leave it out"
+        )
+    if train.order_seed is not None and len(train.seeds) > 1:
+        raise ConfigError(
+            f"{place}.seeds = {train.seeds}, expected one seed: from one model and with order_seed given all trainings"
+            " would be the same"
+        )
+
+
+def _budgets(shared: Recipe, budgets: list[int], place: str) -> dict[int, Recipe]:
+    """{samples seen: recipe} in increasing order: the recipe itself, or one for each budget that the config gives."""
+    if not budgets:
+        return {shared.samples_seen: shared}
+    values = shared.model_dump()
+    return {num: recipe.parse({**values, "samples_seen": num}, f"{place}: {num}") for num in sorted(budgets)}
+
+
+def _check_start(trained: Recipe, model: ModelConfig, recipes: Mapping[str, Recipe], place: str) -> None:
+    """None. Raises ConfigError where the model to start from has other weights, as far as the config tells."""
+    other: dict[str, Any] = {"model": model.architecture}
+    if model.recipe is not None:
+        other = {key: getattr(recipes[model.recipe], key) for key in ("model", "image_size_px", "loss")}
+    for key, value in other.items():
+        if value != getattr(trained, key):
+            texts = [one if isinstance(one, str | int) else "another one" for one in (value, getattr(trained, key))]
+            raise ConfigError(f"{place} = {trained.start_from}, whose {key} is {texts[0]}, expected {texts[1]}")
+
+
+def _recipes(config: Config, place: str) -> dict[str, Recipe]:
     own = {name: recipe.parse(values, f"{place}: recipes.{name}") for name, values in config.recipes.items()}
     return {**recipe.RECIPES, **own}
 
 
-def _recipe(recipes: Mapping[str, recipe.Recipe], name: str, place: str) -> recipe.Recipe:
+def _recipe(recipes: Mapping[str, Recipe], name: str, place: str) -> Recipe:
     if name not in recipes:
         raise ConfigError(f"{place} = {name}, expected a recipe.{suggestion(name, recipes)}")
     clip_model.check_architecture(recipes[name].model, f"recipe {name}: model")
@@ -455,9 +539,14 @@ def _fields(stage: Stage) -> dict[str, Any]:
     return {field.name: getattr(stage, field.name) for field in fields(stage)}
 
 
-def weights_path(pretrained: str) -> str:
+def _weights_path(pretrained: str) -> str:
     """A weights file's absolute path, or the tag as it is."""
     return storage.absolute(pretrained) if storage.is_url(pretrained) or storage.exists(pretrained) else pretrained
+
+
+def published_source(model: ModelConfig) -> dict[str, Any]:
+    """What pipeline.core.clip_model.load takes, of a model with published weights."""
+    return {"architecture": model.architecture, "pretrained": _weights_path(model.pretrained or "")}
 
 
 def _published_model(model: ModelConfig, place: str) -> dict[str, Any]:
@@ -518,7 +607,8 @@ def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[s
 # Which settings of `cluster:` mean something for which step; cpus, gpus, memory_gb and labels do for all.
 STEPS_OF_CLUSTER = ("pool", "download", "select", "train_set", "train", "eval")
 WORKERS_OF = ("pool", "download", "train_set", "train")
-BATCH_SIZE_OF = ("eval",)
+BATCH_SIZE_OF = ("train", "eval")
+MIN_WORKERS_OF = ("train",)
 MAX_CONCURRENT_OF = ("train",)
 
 
@@ -530,10 +620,19 @@ def _check_cluster(config: Config, stages: Mapping[str, Stage], place: str) -> N
         for setting, steps in (
             ("workers", (*WORKERS_OF, *stages)),
             ("batch_size", (*BATCH_SIZE_OF, *stages)),
+            ("min_workers", MIN_WORKERS_OF),
             ("max_concurrent", MAX_CONCURRENT_OF),
         ):
             if getattr(resources, setting) is not None and name not in steps:
                 raise ConfigError(f"{place}: cluster.{name}.{setting} has no effect, expected it to be left out")
+    train = config.resources("train")
+    num_workers = train.workers or 1
+    if train.min_workers is not None and train.min_workers >= num_workers:
+        raise ConfigError(
+            f"{place}: cluster.train.min_workers = {train.min_workers}, expected fewer than its workers ({num_workers})"
+        )
+    if num_workers > 1 and train.gpus not in (0, 1):
+        raise ConfigError(f"{place}: cluster.train.gpus = {train.gpus:g}, expected 0 or 1 for each of several workers")
 
 
 def _file_digest(path: str, place: str) -> str:

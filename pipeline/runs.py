@@ -1,14 +1,227 @@
-"""The runs below a root: the newest one, and what --clean does (artifacts that no run refers to)."""
+"""The runs below a root: what a run writes into its folder, the newest run, and --clean.
+
+    runs/2026-01-31T12-00-00Z_demo/   config.yaml  plan.json  log.jsonl  run.json  leaderboard.{md,json,csv,html}
+
+It maps the user's names to artifacts. plan.json is written as the run goes on, run.json at its end.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import importlib.metadata
+import os
 import re
+import subprocess
+from collections.abc import Mapping
+from typing import Any
 
+import yaml
+
+from eval import tasks as eval_tasks
+from pipeline import account
 from pipeline.core import artifact, log, storage
 from pipeline.core.errors import WinnowError
+from pipeline.plan import TASKS
+from pipeline.states import Status
+from pipeline.steps import Plan, training_prefix
+from stages.base import Stage
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARTIFACT = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{12}$")
 RUNS = "runs"
+PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "pillow", "fasttext-community", "webdataset")
+URL_SECRETS = re.compile(r"(?P<scheme>[a-z0-9]+://)(?:[^\s/@'\"]+@)?(?P<path>[^\s?'\"]*)(?:\?[^\s'\"]*)?")
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a run: the last status of every step, and the failed ones with their causes."""
+
+    statuses: dict[str, Status]
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def new_run_path(root: str, now: datetime.datetime, name: str) -> str:
+    """The folder of a run that starts now; it is not there yet."""
+    stamp = now.strftime("%Y-%m-%dT%H-%M-%SZ")
+    taken = set(storage.list_folders(storage.join(root, RUNS)))
+    candidates = (f"{stamp}_{name}{suffix}" for suffix in ["", *(f"_{number}" for number in range(2, 100))])
+    return storage.join(root, RUNS, next(run for run in candidates if run not in taken))
+
+
+def config_text(config: Any) -> str:
+    """The resolved config; what a URL carries beyond its path (signatures, tokens, passwords) stays out of records."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return URL_SECRETS.sub(r"\g<scheme>\g<path>", text)
+
+
+def _installed() -> bool:
+    try:
+        importlib.metadata.version("winnow")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def write_plan(run_path: str, outcome: Outcome) -> None:
+    """None; the run's plan.json: every step's state and artifact, as known now."""
+    steps = {
+        name: {"state": status.state, "artifact": status.artifact.name, "why": status.why}
+        for name, status in outcome.statuses.items()
+        if status.artifact is not None
+    }
+    storage.write_json(storage.join(run_path, "plan.json"), {"steps": steps, "failures": outcome.failures})
+
+
+def task_data(plan: Plan, name: str, statuses: Mapping[str, Status]) -> eval_tasks.TaskData:
+    """The task with its files; those of the demo world are there once the step `tasks` is done."""
+    data = plan.tasks[name]
+    if data is not None:
+        return data
+    status = statuses["tasks"]
+    assert status.artifact is not None and status.record is not None  # asked for only then
+    drawn = eval_tasks.resolve_task(name, status.artifact.path)
+    return dataclasses.replace(drawn, digest=f"{artifact.content_digest(status.record)}/{name}")
+
+
+def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
+    """The run.json that the report is made from: names mapped to artifacts. Read by pipeline/report/records.py."""
+    statuses = outcome.statuses
+    pool_status = statuses["pool"]
+    pool_facts = (pool_status.record or {}).get("facts", {})
+
+    def made(step: str) -> str | None:
+        status = statuses.get(step)
+        return status.artifact.name if status and status.artifact and status.state == "done" else None
+
+    def error(step: str) -> str | None:
+        if step not in statuses or statuses[step].state == "done":
+            return None
+        causes = [
+            f"{other}: {outcome.failures[other]}" for other in plan.ancestors([step]) if other in outcome.failures
+        ]
+        return causes[0] if causes else "not done"
+
+    ends_at_selections = plan.config.pool.download is False
+    strategies = []
+    for strategy in plan.config.compare:
+        strategies.append(
+            {
+                "name": strategy,
+                "selection": made(f"{strategy}/selection"),
+                "train_set": made(f"{strategy}/train_set"),
+                "gallery": made(f"{strategy}/gallery"),
+                "shares": made(f"{strategy}/shares"),
+                "compared": True,
+                "label": account.label(plan, strategy),
+                "uses": account.uses(plan, strategy, statuses),
+                "choosing": account.cost_of_choosing(plan, strategy, statuses),
+                "error": error(f"{strategy}/{'selection' if ends_at_selections else 'train_set'}"),
+            }
+        )
+    tasks = []
+    for task in plan.tasks:
+        if plan.tasks[task] is None and statuses["tasks"].state != "done":
+            continue  # without the world's tasks there is no result to show
+        data = task_data(plan, task, statuses)
+        tasks.append(
+            {
+                "name": data.name,
+                "type": data.task.type,
+                "metric": data.task.metric,
+                "chance": data.chance,
+                "group": data.task.group,
+                "in_domain": data.task.in_domain,
+                "title": data.task.title,
+            }
+        )
+    contamination = [
+        {"stage": alias, "path": made(alias), "error": error(alias)}
+        for alias, step in plan.steps.items()
+        if isinstance(step.work, Stage) and step.work.uses_references and step.work.against == TASKS
+    ]
+    trainings = [
+        {"strategy": strategy, "samples_seen": samples_seen, "seed": seed}
+        for strategy in ([] if ends_at_selections else plan.config.compare)
+        for samples_seen in plan.recipes
+        for seed in plan.config.train.seeds
+    ]
+    prefixes = [training_prefix(plan.recipes, **training) for training in trainings]
+    return {
+        "config_name": name,
+        "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "winnow_version": importlib.metadata.version("winnow") if _installed() else "source",
+        "metric_version": eval_tasks.METRIC_VERSION,
+        "recipe": _recipe_record(plan),
+        "pool": {
+            "path": pool_status.artifact.name if pool_status.artifact else None,
+            "rows": pool_facts.get("rows"),
+            "ok": pool_facts.get("ok_rows"),
+            "failed": pool_facts.get("failed", {}),
+        },
+        "strategies": strategies,
+        "tasks": tasks,
+        "trainings": [
+            {
+                **training,
+                "seeds": plan.steps[f"{prefix}/train"].values["seeds"],
+                "checkpoint": made(f"{prefix}/train"),
+                "error": error(f"{prefix}/train"),
+            }
+            for training, prefix in zip(trainings, prefixes, strict=True)
+        ],
+        "results": [
+            {
+                **training,
+                "task": task["name"],
+                "path": made(f"{prefix}/eval/{task['name']}"),
+                "error": error(f"{prefix}/eval/{task['name']}"),
+            }
+            for training, prefix in zip(trainings, prefixes, strict=True)
+            for task in tasks
+        ],
+        "contamination": contamination,
+        "shares": plan.config.shares,
+        "published": plan.config.published,
+        "published_note": plan.config.published_note,
+        "baseline": plan.config.baseline or plan.config.compare[0],
+    }
+
+
+def _recipe_record(plan: Plan) -> dict[str, Any]:
+    """What the report says of the recipe, at the largest budget: what every recipe has, and how it is unlike most."""
+    recipe = plan.recipe
+    found = {
+        "name": plan.config.train.recipe,
+        "model": recipe.model if isinstance(recipe.model, str) else "custom",
+        "samples_seen": recipe.samples_seen,
+        "global_batch": recipe.global_batch_size,
+        "lr": recipe.lr,
+        "loss": recipe.loss,
+    }
+    own = {
+        name: getattr(recipe, name) or None for name in ("start_from", "num_negatives", "patch_dropout", "ema_decay")
+    }
+    own |= {name: getattr(plan.config.train, name) for name in ("initialisation_seed", "order_seed", "held_out")}
+    return found | {name: value for name, value in own.items() if value is not None}
+
+
+def package_versions() -> dict[str, Any]:
+    """{versions, code}: of the packages that decide values, and the git commit of our own code where there is one."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"
+    return {"versions": versions, "code": commit}
 
 
 def unreferred(root: str) -> list[str]:

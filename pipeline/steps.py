@@ -11,7 +11,7 @@ from eval import tasks as eval_tasks
 from pipeline.core.config import Config
 from stages.base import Stage
 from stages.exclusion import Exclusion
-from training.recipe import Recipe
+from training.recipe import Recipe, Seeds
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,34 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a step of the kind `checkpoint` needs beyond its inputs.
+
+    `start` is published weights, as pipeline.core.clip_model.load takes them; a model of this run is an input.
+    """
+
+    recipe: Recipe
+    seeds: Seeds
+    start: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """All steps in an order in which each comes after its inputs."""
 
     config: Config
     steps: Mapping[str, Step]
     columns: Mapping[str, tuple[str, str]]  # column -> the step that adds it, and its name in that step's files
-    recipe: Recipe
+    recipes: Mapping[int, Recipe]  # of the comparison, by samples seen, in increasing order
     tasks: Mapping[str, eval_tasks.TaskData | None]  # None: a task of the demo world, drawn by the step `tasks`
     warnings: list[str]
     exclude: Exclusion
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)  # which run a retry belongs to
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe at its largest budget: the leaderboard's."""
+        return self.recipes[max(self.recipes)]
 
     def ancestors(self, names: Iterable[str]) -> list[str]:
         """The named steps and all that they depend on, in order."""
@@ -56,6 +73,11 @@ def ancestors(steps: Mapping[str, Step], names: Iterable[str]) -> list[str]:
             wanted.add(name)
             stack += steps[name].inputs.values()
     return [name for name in steps if name in wanted]
+
+
+def training_prefix(recipes: Mapping[int, Recipe], strategy: str, samples_seen: int, seed: int) -> str:
+    """What the names of a training's steps start with: `basic/seed0`; with several budgets `basic/samples640/seed0`."""
+    return f"{strategy}/samples{samples_seen}/seed{seed}" if len(recipes) > 1 else f"{strategy}/seed{seed}"
 
 
 def reference_role(name: str, role: str) -> str:

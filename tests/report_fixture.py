@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +88,33 @@ def predictions(task: str, ability: float, rng, difficulty: np.ndarray, own: np.
     return table, metrics
 
 
-def write_run(root: Path, seeds=(0, 1, 2), strategies=STRATEGIES, tasks=TASKS, rename=None, num_items=600) -> Path:
-    """A run folder; `rename` maps strategy and task names to others, to plant hostile ones."""
+def metrics_lines(ability: float, samples_seen: int, rng) -> str:
+    """metrics.jsonl of a training: a loss that falls by what the ability is, recall on every fifth line."""
+    lines = []
+    for step in range(1, samples_seen // 64 + 1):
+        loss = 1.6 - ability + 2.5 * np.exp(-step / 60) + rng.normal(0, 0.05)
+        line = {"step": step, "samples_seen": step * 64, "loss": loss, "ln_batch": math.log(64), "lr": 1e-3}
+        line |= {"chance_loss": math.log(64), "mutual_information_bound_nats": math.log(64) - loss, "logit_scale": 14.0}
+        line |= {"grad_norm": None, "samples_per_s": 900.0, "data_wait_fraction": 0.25}
+        if step % 5 == 0:
+            line |= {"train_recall_at_1": 0.5, "held_out_recall_at_1": 0.4 if step * 64 == samples_seen else 0.1}
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def write_run(
+    root: Path,
+    seeds=(0, 1, 2),
+    strategies=STRATEGIES,
+    tasks=TASKS,
+    rename=None,
+    num_items=600,
+    budgets=(SAMPLES_SEEN,),
+) -> Path:
+    """A run folder; `rename` maps strategy and task names to others, to plant hostile ones.
+
+    Each halving of the largest budget costs 0.3 of a strategy's ability.
+    """
     rename = rename or {}
     rng = np.random.default_rng(7)
     uids = np.empty(POOL_OK, dtype="u8,u8")
@@ -113,28 +140,27 @@ def write_run(root: Path, seeds=(0, 1, 2), strategies=STRATEGIES, tasks=TASKS, r
             "label": label, "uses": [rename.get(use, use) for use in uses], "error": None,
         })  # fmt: skip
         own = {task: rng.normal(0, 0.4, num_items) for task in tasks}
-        for seed in seeds:
-            steps = SAMPLES_SEEN // 64
+        for samples_seen, seed in itertools.product(budgets, seeds):
             kept = POOL_OK if fraction is None else int(POOL_OK * fraction)
-            lines = []
-            for step in range(1, steps + 1):
-                loss = 1.6 - ability + 2.5 * np.exp(-step / 60) + rng.normal(0, 0.05)
-                point = {"step": step, "samples_seen": step * 64, "loss": loss, "lr": 1e-3, "logit_scale": 14.0}
-                lines.append(json.dumps(point | {"samples_per_s": 900.0}))
-            facts = {"samples_seen": SAMPLES_SEEN, "wall_s": 18.0, "gpu_hours": 0.0, "cpu_hours": 0.005}
-            facts |= {"unique_uids": min(kept, SAMPLES_SEEN), "max_repeats": -(-SAMPLES_SEEN // kept)}
-            identity = {"strategy": strategy, "seed": seed}
-            checkpoint = write_artifact(root, "checkpoint", identity, facts, {"metrics.jsonl": "\n".join(lines) + "\n"})
-            data["trainings"].append({"strategy": name, "seed": seed, "checkpoint": checkpoint, "error": None})
+            now = ability - 0.3 * np.log2(max(budgets) / samples_seen)
+            facts = {"samples_seen": samples_seen, "wall_s": 18.0, "gpu_hours": 0.0, "cpu_hours": 0.005}
+            facts |= {"unique_uids": min(kept, samples_seen), "max_repeats": -(-samples_seen // kept)}
+            facts |= {"samples_per_s": 900.0, "data_wait_fraction": 0.25, "warnings": []}
+            facts |= {"train_recall_at_1": 0.5, "held_out_recall_at_1": 0.4 + 0.01 * seed}
+            training = {"strategy": name, "samples_seen": samples_seen, "seed": seed}
+            identity = training | {"strategy": strategy}
+            checkpoint = write_artifact(
+                root, "checkpoint", identity, facts, {"metrics.jsonl": metrics_lines(now, samples_seen, rng)}
+            )
+            data["trainings"].append({**training, "checkpoint": checkpoint, "error": None})
             luck = rng.normal(0, 0.08)
             for task, (kind, _, _) in tasks.items():
-                table, metrics = predictions(task, ability + luck, rng, difficulty[task], own[task])
+                table, metrics = predictions(task, now + luck, rng, difficulty[task], own[task])
                 result = {"dataset": task, "model": "demo", "pretrained": checkpoint, "task": kind, "language": "en"}
                 result["metrics"] = {key: float(value) for key, value in metrics.items()}
                 files = {"result.json": json.dumps(result), "predictions.parquet": table}
                 path = write_artifact(root, "results", identity | {"task": task}, {}, files)
-                entry = {"strategy": name, "seed": seed, "task": rename.get(task, task), "path": path, "error": None}
-                data["results"].append(entry)
+                data["results"].append({**training, "task": rename.get(task, task), "path": path, "error": None})
     run = root / "runs" / "2026-11-24T16-00-00Z_demo"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps(data))

@@ -52,6 +52,13 @@ def test_a_good_file_loads_with_an_absolute_root(load, tmp_path, monkeypatch):
         ("pool.shard_size=many", r"pool\.shard_size = many, expected a whole number"),
         ("pool.sample=1.5", r"pool\.sample = 1\.5, expected a number <= 1"),
         ("train.seeds=[1, 1]", r"train\.seeds = \[1, 1\], expected different numbers"),
+        ("train.budgets=[64, 64]", r"train\.budgets = \[64, 64\], expected different numbers"),
+        ("train.budgets=[64, 0]", r"train\.budgets\.1 = 0, expected a number >= 1"),
+        ("train.initialisation_seed=-1", r"train\.initialisation_seed = -1, expected a number >= 0"),
+        ("train.held_out=trustd", r"train\.held_out = trustd, expected one of the references\. Did you mean trusted"),
+        ("train.log_to=[tensorbord]", r"train\.log_to\.0 = tensorbord, expected one of 'tensorboard' or 'wandb'"),
+        ("train.log_to=[wandb, wandb]", r"train\.log_to = \['wandb', 'wandb'\], expected different names"),
+        ("train.log_to=wandb", r"train\.log_to = wandb, expected a list"),
         ("compare=[no_filter, basik]", r"compare\.1 = basik, expected a strategy\. Did you mean basic\?"),
         (
             "models.scorer.on=trustd",
@@ -70,6 +77,14 @@ def test_each_fault_names_key_value_and_expectation(load, override, message):
     with pytest.raises(ConfigError, match=r"c\.yaml: " + message) as caught:
         load(overrides=[override])
     assert "\n" not in str(caught.value)
+
+
+def test_trainings_that_would_be_one_are_refused(load):
+    both = ["train.initialisation_seed=4", "train.order_seed=5"]
+    with pytest.raises(ConfigError, match=r"c\.yaml: train\.seeds = \[0, 1\], expected one seed: with both"):
+        load(overrides=both)
+    assert load(overrides=[*both, "train.seeds=[0]"]).train.order_seed == 5
+    assert load(overrides=both[:1]).train.seeds == [0, 1]
 
 
 def test_a_missing_section_is_named(load):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import pathlib
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import account, execute, report, steps
+from pipeline import account, execute, report, runs, steps
 from pipeline import plan as planning
 from pipeline.core import config, pool
 from pipeline.core.errors import ConfigError
@@ -116,9 +117,9 @@ def done(data, tmp_path_factory):
     plan = plan_of(data, root)
     outcome = run_here(plan)
     assert outcome.failures == {}
-    now = execute.datetime.datetime(2026, 1, 1, tzinfo=execute.datetime.timezone.utc)
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
     run = root / "runs" / "here"
-    (run / "run.json").write_text(json.dumps(execute.run_record(plan, outcome, "demo", now)))
+    (run / "run.json").write_text(json.dumps(runs.run_record(plan, outcome, "demo", now)))
     return plan, outcome, run
 
 
@@ -240,7 +241,7 @@ def test_a_reference_is_compared_as_tasks_are(data, tmp_path):
     assert facts["references"]["mine"]["images"] == 12  # pairs: a reference's captions are rows
     assert all(row["item"] == row["reference_uid"] for row in matches)
     assert {row["caption"] for row in by_uid.values() if row["is_contaminated"]} <= {"smaller"}
-    assert execute.run_record(plan, outcome, "demo", execute.datetime.datetime.now())["contamination"] == []
+    assert runs.run_record(plan, outcome, "demo", datetime.datetime.now())["contamination"] == []
 
 
 @pytest.mark.parametrize(

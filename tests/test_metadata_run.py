@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import execute, report, states
 from pipeline import plan as planning
+from pipeline import report, runs, states
 from pipeline.core import config, pool, storage
 from pipeline.core.errors import ConfigError
 from tests.engine_fixture import EngineHere, run_here
@@ -204,7 +204,7 @@ def test_the_report_says_what_was_kept_and_where(tmp_path):
     outcome = run_here(plan)
     run_path = f"{plan.config.root}/runs/here"
     now = datetime.datetime(2026, 1, 31, tzinfo=datetime.timezone.utc)
-    storage.write_json(f"{run_path}/run.json", execute.run_record(plan, outcome, "metadata", now))
+    storage.write_json(f"{run_path}/run.json", runs.run_record(plan, outcome, "metadata", now))
     shown = report.write_report(run_path, 80)
     expected = expected_uids(rows)
     for strategy, uids in expected.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import sys
 
 import pytest
 import yaml
 
-from pipeline import account, execute, states
+from pipeline import account, execute, runs, states
 from pipeline import plan as planning
 from pipeline.core import config, storage
 from pipeline.core.errors import ConfigError, StepError
@@ -44,20 +46,119 @@ def plan_of(tmp_path, *overrides, path=TINY):
         ("stages=[{name: negclip, text: clip_image}]", r"stages\.0: negclip\.text = clip_image, expected another column"),
         ("cluster.pool={max_concurrent: 2}", r"cluster\.pool\.max_concurrent has no effect"),
         ("cluster.select={workers: 2}", r"cluster\.select\.workers has no effect"),
+        ("cluster.eval={min_workers: 2}", r"cluster\.eval\.min_workers has no effect"),
+        ("cluster.train={workers: 2, min_workers: 2}", r"cluster\.train\.min_workers = 2, expected fewer than its"),
+        ("cluster.train={workers: 2, gpus: 0.5}", r"cluster\.train\.gpus = 0\.5, expected 0 or 1 for each"),
         ("cluster.klip={gpus: 1}", r"cluster\.klip is no step\. Did you mean clip"),
         ("eval.tasks=[colours, colours]", r"expected each task once"),
         ("strategies.basic={uids: /nothing.npy}", r"/nothing\.npy"),
         ("stages.2={name: language, model: /tmp}", r"/tmp"),
         ("pool.source={path: 's3://no-such-bucket-of-ours/x'}", r"pool\.source"),
         ("train.seeds=[99999999999]", r"train\.seeds"),
+        ("cluster.train_set={batch_size: 2}", r"cluster\.train_set\.batch_size has no effect"),
+        ("recipes.tiny.num_checkpoints=3\ntrain.budgets=[300, 60]", r"train\.budgets: 60: num_checkpoints = 3, expected at most its 2 steps"),
+        ("recipes.tiny.start_from=scorr", r"recipe tiny: start_from = scorr, expected one of the models\. Did you mean scorer"),
+        ("recipes.tiny.start_from=scorer", r"models\.scorer -> models\.scorer: a cycle"),
+        ("train.recipe=debug\nrecipes.debug={start_from: scorer, model: ViT-B-32, global_batch_size: 8, samples_seen: 16, lr: 1e-3}", r"recipe debug: start_from = scorer, whose model is another one, expected ViT-B-32"),
+        ("train.recipe=warm\nrecipes.warm=WARM", r"recipe warm: start_from = scorer, whose loss is clip, expected siglip"),
+        ("root=s3://bucket\ntrain.log_to=[tensorboard]", r"train\.log_to = tensorboard, expected a local root"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch, override, message):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody outside is asked
+    tiny = config.parse_yaml(pathlib.Path(TINY).read_text(), TINY)["recipes"]["tiny"]
+    override = override.replace("WARM", json.dumps(tiny | {"start_from": "scorer", "loss": "siglip"}))
     with pytest.raises(ConfigError, match=message) as caught:
         plan_of(tmp_path, *override.splitlines())
     assert "\n" not in str(caught.value)
+
+
+ONE = ("stages=[]", "strategies={no_filter: {}}", "compare=[no_filter]")  # nothing to score
+
+
+def test_a_part_with_a_seed_of_its_own_is_the_same_in_all_trainings(tmp_path):
+    def seeds(*overrides):
+        plan = plan_of(tmp_path, *ONE, "models={}", "train.seeds=[3, 4]", *overrides)
+        return [plan.steps[f"no_filter/seed{seed}/train"].values["seeds"] for seed in (3, 4)]
+
+    assert seeds() == [{"initialisation": 3, "order": 3}, {"initialisation": 4, "order": 4}]
+    assert seeds("train.order_seed=9") == [{"initialisation": 3, "order": 9}, {"initialisation": 4, "order": 9}]
+    assert seeds("train.initialisation_seed=0") == [
+        {"initialisation": 0, "order": 3},
+        {"initialisation": 0, "order": 4},
+    ]
+    scorer = plan_of(tmp_path, "train.order_seed=9").steps["model/scorer"]
+    assert scorer.values["seeds"] == {"initialisation": 1, "order": 1}  # it is no training of the comparison
+
+
+def test_each_budget_is_a_training_with_a_schedule_of_its_own(tmp_path):
+    one = plan_of(tmp_path, "train.budgets=[96]")
+    assert "no_filter/seed0/train" in one.steps
+    assert one.recipe.samples_seen == 96
+    several = plan_of(tmp_path, "train.budgets=[300, 96]")
+    assert list(several.recipes) == [96, 300]
+    assert several.recipe.samples_seen == 300
+    small, large = (several.steps[f"oracle/samples{num}/seed0/train"] for num in (96, 300))
+    assert (small.work.recipe.num_steps, large.work.recipe.num_steps) == (3, 10)
+    assert small.inputs == large.inputs
+    assert small.values == one.steps["oracle/seed0/train"].values
+    assert large.values == plan_of(tmp_path).steps["oracle/seed0/train"].values
+    assert several.steps["oracle/samples96/seed0/eval/colours"].inputs["checkpoint"] == small.name
+    assert planning.targets(several, "samples96/seed0/train") == [
+        f"{name}/samples96/seed0/train" for name in several.config.compare
+    ]
+    warned = plan_of(tmp_path, "train.budgets=[300, 32]").warnings
+    assert [line.partition(":")[0] for line in warned] == ["recipe tiny at samples_seen = 32"]
+
+
+def test_a_training_starts_from_a_model_of_the_run_or_a_published_one(tmp_path):
+    warm = "recipes.warm=" + yaml.safe_dump(yaml.safe_load(pathlib.Path(TINY).read_text())["recipes"]["tiny"])
+    plan = plan_of(tmp_path, *ONE, warm, "recipes.warm.start_from=scorer", "train.recipe=warm")
+    step = plan.steps["no_filter/seed0/train"]
+    assert step.inputs["start"] == "model/scorer"
+    assert list(plan.steps).index("model/scorer") < list(plan.steps).index(step.name)
+    assert step.values["recipe"]["start_from"] == "input"
+    assert step.work.start is None
+    same = [*ONE, warm, "recipes.warm.start_from=scorer", "train.recipe=warm", "train.order_seed=1"]
+    assert plan_of(tmp_path, *same).recipe.start_from == "scorer"
+    with pytest.raises(ConfigError, match=r"train\.seeds = \[0, 1\], expected one seed: from one model"):
+        plan_of(tmp_path, *same, "train.seeds=[0, 1]")
+    with pytest.raises(ConfigError, match=r"train\.initialisation_seed has no effect where the recipe starts from"):
+        plan_of(tmp_path, *same, "train.initialisation_seed=1")
+    renamed = plan_of(
+        tmp_path, *ONE, warm, "models={other: {recipe: tiny, on: trusted, seed: 1}}", "recipes.warm.start_from=other",
+        "train.recipe=warm",
+    )  # fmt: skip
+    assert renamed.steps["no_filter/seed0/train"].values == step.values
+
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"weights")
+    named = f"{{architecture: ViT-B-32, pretrained: {weights}}}"
+    warm = "recipes.warm={model: ViT-B-32, global_batch_size: 8, samples_seen: 16, lr: 1e-3, start_from: b32}"
+    plan = plan_of(tmp_path, *ONE, warm, f"models={{b32: {named}}}", "train.recipe=warm")
+    step = plan.steps["no_filter/seed0/train"]
+    assert step.work.start == {"architecture": "ViT-B-32", "pretrained": str(weights)}
+    assert step.values["recipe"]["start_from"]["weights"] == storage.sha256_file(str(weights))
+    assert str(tmp_path) not in repr(step.values)
+    assert set(step.inputs) == {"train_set"}
+
+
+def test_what_is_held_out_is_an_input_and_must_have_images(tmp_path):
+    plan = plan_of(tmp_path, "train.held_out=trusted")
+    assert plan.steps["no_filter/seed0/train"].inputs["held_out"] == "reference/trusted"
+    assert "held_out" not in plan.steps["model/scorer"].inputs
+    assert plan.warnings == ["train.held_out = trusted: trusted_only trains on it, so nothing is held out"]
+    table = write_table(tmp_path / "t.parquet", ["http://example.org/1.jpg"])
+    rows = f"references={{rows: {{source: {{path: {table}, layout: urls}}, download: false}}}}"
+    with pytest.raises(ConfigError, match=r"train\.held_out: references\.rows\.download = false, expected pairs with"):
+        plan_of(tmp_path, *ONE, "models={}", rows, "train.held_out=rows")
+
+
+def test_a_tracker_without_its_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # how Python marks what can't be imported
+    with pytest.raises(ConfigError, match=r"train\.log_to = wandb, expected the package wandb to be installed"):
+        plan_of(tmp_path, "train.log_to=[wandb]")
 
 
 @pytest.mark.parametrize("scale", ["small", "medium", "large", "xlarge"])
@@ -200,8 +301,9 @@ def test_names_paths_and_placement_are_no_identity(tmp_path):
 
     plain = fingerprints()
     placed = fingerprints(
-        "cluster.clip={workers: 3, batch_size: 7}", "train.checkpoint_every_s=5", f"root={tmp_path}/b"
-    )
+        "cluster.clip={workers: 3, batch_size: 7}", "train.checkpoint_every_s=5", f"root={tmp_path}/b",
+        "cluster.train={batch_size: 8}", "train.log_to=[tensorboard]",
+    )  # fmt: skip
     assert placed == plain
     other = fingerprints("pool.shard_size=50", "recipes.tiny.lr=2e-3")
     assert {name for name in plain if other[name] != plain[name]} == {
@@ -244,7 +346,7 @@ def test_secrets_in_urls_stay_out_of_what_is_written(tmp_path):
     plan = plan_of(tmp_path)
     source = "https://user:hunter2@host/pool.tar?X-Amz-Signature=abcdef&x=1"
     evaluation = plan.config.eval.model_copy(update={"root": source})
-    text = execute._config_text(plan.config.model_copy(update={"eval": evaluation}))
+    text = runs.config_text(plan.config.model_copy(update={"eval": evaluation}))
     assert "https://host/pool.tar" in text
     assert "hunter2" not in text
     assert "abcdef" not in text

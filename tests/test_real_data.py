@@ -69,6 +69,7 @@ def test_the_whole_job_on_a_folder_of_real_photos(real_data_path, tmp_path):
         "root": str(tmp_path / "root"),
         "pool.source": json.dumps({"path": str(photos), "captions": "captions.csv"}),
         "eval.tasks": json.dumps(tasks),
+        "compare": "[no_filter, basic_and_clip]",
         "train.seeds": "[0]",
         "recipes.folder.samples_seen": os.environ.get("WINNOW_TEST_SAMPLES", "6400"),
     }
@@ -80,8 +81,7 @@ def test_the_whole_job_on_a_folder_of_real_photos(real_data_path, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     root = tmp_path / "root"
     board = json.loads(next(root.glob("runs/*/leaderboard.json")).read_text())
-    text = json.dumps(board)
-    assert all(name in text for name in ("no_filter", "random_same_size", "basic", "basic_and_clip"))
+    assert {row["strategy"] for row in board["rows"]} == {"no_filter", "basic_and_clip"}
     run = json.loads(next(root.glob("runs/*/run.json")).read_text())
     assert run["pool"]["rows"] == PHOTOS + SMALL_PICTURES == run["pool"]["ok"] + sum(run["pool"]["failed"].values())
     scores: dict[tuple[str, str], list[float]] = {}
@@ -90,6 +90,6 @@ def test_the_whole_job_on_a_folder_of_real_photos(real_data_path, tmp_path):
         task = next(task for task in run["tasks"] if task["name"] == result["task"])
         scores.setdefault((result["strategy"], result["task"]), []).append(metrics[task["metric"]])
     # CIFAR-10 is in the pool: every strategy learns something of it, far above the chance of 0.1.
-    for strategy in run["strategies"]:
-        values = scores[strategy["name"], "cifar10_sample"]
-        assert sum(values) / len(values) > 0.14, (strategy["name"], values)
+    for name in ("no_filter", "basic_and_clip"):
+        values = scores[name, "cifar10_sample"]
+        assert sum(values) / len(values) > 0.14, (name, values)

@@ -319,10 +319,12 @@ def test_page_is_complete_and_its_plots_are_well_formed(run, board):
     html = (run / "leaderboard.html").read_text()
     plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     labels = [ElementTree.fromstring(plot).get("aria-label") for plot in plots]
-    assert [label.split()[0] for label in labels] == ["Differences", "Average", "Differences", "Training"]
+    assert [label.split()[0] for label in labels] == ["Differences", "Average", "Differences", *["Training"] * 3]
     dots = [plot.count("<circle") for plot in plots]
-    assert dots == [5, 6, 20, 0]
-    assert plots[3].count('class="curve"') == 6
+    assert dots == [5, 6, 20, 0, 0, 0]
+    for plot in plots[3:]:  # loss, recall of trained pairs, recall of held-out ones
+        assert plot.count('class="curve"') == 6
+        assert plot.count('class="seed"') == 6 * 3
     assert "guessing: ln(64) = 4.16" in plots[3]
     assert not re.search(r"\b(nan|inf)\b", "".join(plots))
     assert "http" not in html.replace("http-equiv", "")
@@ -330,6 +332,8 @@ def test_page_is_complete_and_its_plots_are_well_formed(run, board):
     assert titles[0] == "Difference to no_filter"
     assert titles[2] == "Leaderboard"
     assert {"Funnel", "Overlap", "Used and spent", "Tasks", "Where it comes from"} <= set(titles)
+    assert {"Training curves", "What the trainings did"} <= set(titles)
+    assert "Score against samples seen" not in titles  # one budget
 
 
 def add_contamination(run: Path, matched: dict[str, list[str]], **own) -> None:

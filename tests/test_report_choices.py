@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import execute
 from pipeline import plan as planning
+from pipeline import runs
 from pipeline.core import config
 from pipeline.core.errors import ConfigError
 from pipeline.report import build_report, read_run, samples, terminal_table
@@ -326,7 +326,7 @@ def test_a_run_makes_galleries_and_shares_and_the_report_shows_them(tmp_path):
     assert outcome.failures == {}
     date = datetime.datetime(2026, 11, 24, 16, 0, tzinfo=datetime.timezone.utc)
     run = tmp_path / "runs" / "here"
-    (run / "run.json").write_text(json.dumps(execute.run_record(plan, outcome, "tiny", date)))
+    (run / "run.json").write_text(json.dumps(runs.run_record(plan, outcome, "tiny", date)))
     board = build_report(str(run))
     assert board.notes == ()
     rows = {row["strategy"]: row for row in json.loads((run / "leaderboard.json").read_text())["rows"]}

@@ -20,6 +20,7 @@ from pipeline.core import storage
 from pipeline.core.errors import ConfigError, suggestion
 
 NAME = re.compile(r"[a-z][a-z0-9_]*$")
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 RESERVED = ("pool", "urls", "tasks", "reference", "model")  # steps are called so
 
 
@@ -41,6 +42,7 @@ class Resources(Model):
     gpus: float = Field(0, ge=0)
     memory_gb: float | None = Field(None, gt=0)
     workers: int | None = Field(None, ge=1)
+    min_workers: int | None = Field(None, ge=1)  # of a training, with which it goes on where nodes are gone; None: all
     labels: dict[str, str] = {}
     batch_size: int | None = Field(None, ge=1)
     max_concurrent: int | None = Field(None, ge=1)
@@ -74,14 +76,21 @@ class ModelConfig(Model):
     pretrained: str | None = None
     recipe: str | None = None
     on: str | None = None
-    seed: int | None = Field(None, ge=0, lt=2**32)  # of a training in this run; 0 where it is not given
+    seed: Seed | None = None  # of a training in this run; 0 where it is not given
 
 
 class TrainConfig(Model):
-    """The budget that all strategies share, and the seeds of its repetitions."""
+    """The budget that all strategies share, its repetitions, and what is watched of them."""
 
     recipe: str
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
+    # One training a seed, which draws its first weights and its order; a part with a seed of its own below is the same
+    # in all of them. A train set's shuffle has the config's `seed`, a random selection the one in its strategy.
+    seeds: list[Seed] = Field([0], min_length=1)
+    initialisation_seed: Seed | None = None
+    order_seed: Seed | None = None
+    budgets: list[Annotated[int, Field(ge=1)]] = []  # samples seen, each with a schedule of its own; []: the recipe's
+    held_out: str | None = None  # a reference: pairs whose recall is measured while training
+    log_to: list[Literal["tensorboard", "wandb"]] = []  # beside metrics.jsonl, which is always there
     checkpoint_every_s: float = Field(300, ge=0)  # how much work a lost worker can cost; changes no result
 
 
@@ -303,6 +312,25 @@ def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:
     return list(kind.model_fields) if hasattr(kind, "model_fields") else []
 
 
+def _check_train(config: Config, place: str) -> None:
+    """Trainings that differ, names that are there, and no option without an effect."""
+    train = config.train
+    for key in ("seeds", "budgets", "log_to"):
+        values = getattr(train, key)
+        if len(set(values)) != len(values):
+            raise ConfigError(
+                f"{place}.{key} = {values}, expected different {'names' if key == 'log_to' else 'numbers'}"
+            )
+    if train.initialisation_seed is not None and train.order_seed is not None and len(train.seeds) > 1:
+        raise ConfigError(
+            f"{place}.seeds = {train.seeds}, expected one seed: with both initialisation_seed and order_seed given all"
+            " trainings would be the same"
+        )
+    if train.held_out is not None and train.held_out not in config.references:
+        hint = suggestion(train.held_out, config.references)
+        raise ConfigError(f"{place}.held_out = {train.held_out}, expected one of the references.{hint}")
+
+
 def _check_names(config: Config, path: str) -> None:
     """Names are lower-case words, and every name that is used is defined."""
     for section in ("references", "models", "strategies", "recipes"):
@@ -330,8 +358,7 @@ def _check_names(config: Config, path: str) -> None:
             )
     if config.published_note and not config.published:
         raise ConfigError(f"{path}: published_note has no effect without published, expected it to be left out")
-    if len(set(config.train.seeds)) != len(config.train.seeds):
-        raise ConfigError(f"{path}: train.seeds = {config.train.seeds}, expected different numbers")
+    _check_train(config, f"{path}: train")
     if config.pool.only is not None and config.pool.only not in config.strategies:
         raise ConfigError(
             f"{path}: pool.only = {config.pool.only}, expected a strategy."

@@ -6,6 +6,7 @@ leaderboard.py both put together: rows, differences, the sentence on top
 tables.py      terminal, Markdown, CSV, JSON
 selections.py  what a run says that ends at its selections; which of the two reports a run gets
 choices.py     what strategies chose as tables of text: funnel, overlap, mix
+trainings.py   what trainings did: curves, a table, scores against samples seen
 page.py        one self-contained HTML page, with plots.py (SVG), samples.py (the gallery), markup.py (escaping) and
                page.css
 """

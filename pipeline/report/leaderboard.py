@@ -7,7 +7,7 @@ there is no average over some of the tasks. Fractions are 0..1 here; percent is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -103,15 +103,25 @@ class Cleaned:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All rows, and what they say."""
+    """All rows of one budget, and what they say. `smaller` are the leaderboards of smaller ones, the largest first.
+
+    `run` has the trainings of this budget alone.
+    """
 
     run: Run
+    samples_seen: int | None  # None without a training
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     one_seed: bool
     headline: str
     notes: tuple[str, ...]
     cleaned: tuple[Cleaned, ...] = ()
+    smaller: tuple[Leaderboard, ...] = ()
+
+    @property
+    def by_budget(self) -> tuple[Leaderboard, ...]:
+        """This leaderboard and the smaller ones."""
+        return (self, *self.smaller)
 
 
 def build_report(run_path: str) -> Leaderboard:
@@ -128,7 +138,13 @@ def build_report(run_path: str) -> Leaderboard:
 
 
 def make_leaderboard(run: Run) -> Leaderboard:
-    """The leaderboard of these records."""
+    """The leaderboard of these records: of the largest budget, with those of the smaller ones."""
+    boards = [_make_one(run.at(samples_seen), samples_seen) for samples_seen in reversed(run.budgets)]
+    first, *smaller = boards or [_make_one(run, None)]
+    return replace(first, smaller=tuple(smaller))
+
+
+def _make_one(run: Run, samples_seen: int | None) -> Leaderboard:
     values = _values(run.results)
     trainings = {s.name: [t for t in run.trainings if t.strategy == s.name] for s in run.compared}
     names = [s.name for s in run.compared]
@@ -181,7 +197,7 @@ def make_leaderboard(run: Run) -> Leaderboard:
     one_seed = bool(average.names) and average.uncertainty.seed_df == 0
     headline = _headline(rows, run.baseline, len(all_tasks), one_seed, average)
     cleaned = tuple(_cleaned(found, run, values) for found in run.contamination)
-    return Leaderboard(run, columns, tuple(rows), one_seed, headline, run.notes, cleaned)
+    return Leaderboard(run, samples_seen, columns, tuple(rows), one_seed, headline, run.notes, cleaned)
 
 
 def _values(results: Sequence[Result]) -> dict[tuple[str, int, str], Result]:

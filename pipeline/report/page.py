@@ -40,6 +40,7 @@ from pipeline.report.tables import (
     samples_text,
     seeds_text,
 )
+from pipeline.report.trainings import BUDGETS, DID, budget_cells, did_cells, warning_lines
 
 CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
@@ -61,7 +62,9 @@ def html_page(board: Leaderboard) -> str:
         _header(board, title),
         element("div", _differences(board), _kept(board), class_="pair"),
         _table(board),
+        *_budgets(board),
         element("div", _per_task(board), _curves(board), class_="pair"),
+        *_did(board),
         *(_cleaned(board, cleaned) for cleaned in board.cleaned),
         _funnels(board),
         element("div", _overlap(board), _tasks(board), class_="pair"),
@@ -84,15 +87,16 @@ def _nothing(reason: str) -> Markup:
 
 def _header(board: Leaderboard, title: str) -> Markup:
     header = board.run.header
-    pool, recipe = header["pool"], header["recipe"]
-    trained = sum(len(row.checkpoints) for row in board.rows)
-    planned = sum(row.seeds_planned for row in board.rows)
+    pool = header["pool"]
+    trained = sum(len(row.checkpoints) for part in board.by_budget for row in part.rows)
+    planned = sum(row.seeds_planned for part in board.by_budget for row in part.rows)
+    budgets = [part.samples_seen for part in board.by_budget[::-1]]
     # numbers stay on the line of their units
     headline = re.sub(r" (?=%|±)|(?<=±) |(?<=\bp) | (?=0\.\d)", "\N{NO-BREAK SPACE}", plain(board.headline))
     facts = [
         ("pool", f"{number(pool['rows'])} pairs"),
         ("usable", f"{number(pool['ok'])} pairs"),
-        ("samples seen", number(recipe.get("samples_seen"))),
+        ("samples seen", ", ".join(map(number, budgets))),
         ("strategies", str(len(board.rows))),
         ("trainings", f"{trained}" if trained == planned else f"{trained} of {planned}"),
         ("tasks", str(len(board.run.tasks))),
@@ -229,11 +233,36 @@ def _kept(board: Leaderboard) -> Markup:
     return _section("Score against kept fraction", "Average over all tasks, with 95 % intervals.", plot)
 
 
+def _budgets(board: Leaderboard) -> list[Markup]:
+    """The section on what more samples bring; none with one budget."""
+    if not board.smaller:
+        return []
+    plot = plots.score_against_samples(board) or _nothing("No strategy has averages at two budgets yet.")
+    table = _text_table(*budget_cells(board))
+    content = element("div", element("div", plots.legend(board, board.rows), plot), table, class_="columns")
+    return [_section("Score against samples seen", f"{BUDGETS} With 95 % intervals.", content)]
+
+
 def _curves(board: Leaderboard) -> Markup:
-    plot = plots.training_curves(board)
+    plot = plots.loss_curves(board)
+    about = "Thick: mean over seeds. A lower loss on easier data says nothing about the tasks."
+    if board.smaller:
+        about = f"Trainings of {number(board.samples_seen)} samples. {about}"
+    if plot is None:
+        return _section("Training curves", about, _nothing("No metrics yet."))
     rows = [row for row in board.rows if row.checkpoints]
-    about = "Loss, mean over seeds. A lower loss on easier data says nothing about the tasks."
-    return _section("Training", about, *([plots.legend(board, rows), plot] if plot else [_nothing("No metrics yet.")]))
+    more = [part for name, curve in plots.recall_curves(board) for part in (element("h3", name), curve)]
+    return _section("Training curves", about, plots.legend(board, rows), plot, *more)
+
+
+def _did(board: Leaderboard) -> list[Markup]:
+    """The section on what the trainings did; none before one is finished."""
+    names, body = did_cells(board)
+    if not body:
+        return []
+    lines = [element("li", plain(line)) for line in warning_lines(board)]
+    table = _text_table(names, body)
+    return [_section("What the trainings did", DID, table, element("ul", *lines, class_="reasons") if lines else None)]
 
 
 def _per_task(board: Leaderboard) -> Markup:
@@ -344,20 +373,14 @@ def _gallery(board: Leaderboard) -> list[Markup]:
 
 def _cost(board: Leaderboard) -> Markup:
     heads = ["strategy", "uses beyond the pool", "cost of choosing", "cost per training", "trainings"]
-    heads += ["distinct samples", "most repeats"]
     rows = []
     for row in board.rows:
-        trainings = [t for t in board.run.trainings if t.strategy == row.strategy.name and t.facts]
-        distinct = [t.facts["unique_uids"] for t in trainings if t.facts.get("unique_uids") is not None]
-        repeats = [t.facts["max_repeats"] for t in trainings if t.facts.get("max_repeats") is not None]
         cells = [
             element("td", _name(row.strategy.name), class_="strategy"),
             element("td", plain("; ".join(row.strategy.uses)) or "nothing", class_="text wrap"),
             element("td", choosing_hours(row)),
             element("td", hours(row)),
             element("td", str(len(row.checkpoints))),
-            element("td", number(max(distinct) if distinct else None)),
-            element("td", number(max(repeats) if repeats else None)),
         ]
         rows.append(element("tr", *cells))
     head = element("tr", *(element("th", name, class_="text" if i < 2 else None) for i, name in enumerate(heads)))
@@ -392,12 +415,23 @@ def _provenance(board: Leaderboard) -> Markup:
     for strategy in run.compared:
         lines += ["", f"{strategy.name}", f"  selection    {strategy.selection or 'the whole pool'}"]
         lines.append(f"  train set    {strategy.train_set or '-'}")
-        lines += [f"  seed {t.seed:<7} {t.checkpoint or '-'}" for t in run.trainings if t.strategy == strategy.name]
+        lines += [
+            f"  seed {t.seed:<7} {t.checkpoint or '-'}"
+            + (f"  {number(t.samples_seen)} samples" if board.smaller else "")
+            for part in board.by_budget
+            for t in part.run.trainings
+            if t.strategy == strategy.name
+        ]
     recipe = json.dumps(run.header["recipe"], indent=1, sort_keys=True, ensure_ascii=False)
     parts = [("Fingerprints", lines), ("Recipe", recipe.splitlines())]
     if run.config_text:
         parts.append(("Config", run.config_text.splitlines()))
-    results = [f"{r.strategy}  seed {r.seed}  {r.task}  {r.path or '-'}" for r in run.results]
+    results = [
+        f"{r.strategy}  seed {r.seed}  {r.task}  {r.path or '-'}"
+        + (f"  {number(r.samples_seen)} samples" if board.smaller else "")
+        for part in board.by_budget
+        for r in part.run.results
+    ]
     parts.append(("Results", results))
     blocks = [
         element("details", element("summary", name), element("pre", "\n".join(plain(line) for line in block)))

@@ -15,10 +15,10 @@ import numpy as np
 from pipeline.report.leaderboard import Difference, Leaderboard, Row, percent, plain, points
 from pipeline.report.markup import Markup, element
 from pipeline.report.tables import strategy_text
+from pipeline.report.trainings import HELD_OUT_RECALL, LOSS, TRAIN_RECALL, Curve, chance_loss, curves
 
 WIDTH = 440
 NUM_COLOURS = 8
-MAX_CURVE_POINTS = 80
 CHAR_UNITS = 7.4  # a generous width of one character; the text is 11.5 units high, 14 on a phone
 
 
@@ -122,57 +122,115 @@ def score_against_kept(board: Leaderboard) -> Markup | None:
     return _svg(bottom + 44, parts, "Average against the kept fraction with 95 % intervals")
 
 
-def training_curves(board: Leaderboard) -> Markup | None:
-    """Loss against samples seen: the mean over seeds, and ln(batch), what guessing gives; None without metrics."""
+def score_against_samples(board: Leaderboard) -> Markup | None:
+    """Average against the budget, with 95 % intervals; None without an average at two budgets."""
     classes = colour_classes(board)
-    curves = []
-    for strategy in board.run.compared:
-        lines = [t.curve for t in board.run.trainings if t.strategy == strategy.name and t.curve]
-        x, y = _mean_curve(lines)
-        if len(x) > 1:
-            curves.append((strategy.name, x, y))
-    if not curves:
+    parts = board.by_budget[::-1]
+    averages = {row.strategy.name: [] for row in board.rows}
+    for part in parts:
+        for row in part.rows:
+            if row.average.value is not None:
+                averages[row.strategy.name].append(
+                    (part.samples_seen, 100 * row.average.value, 100 * row.average.half_width)
+                )
+    known = [point for points in averages.values() for point in points]
+    budgets = sorted({samples for samples, _, _ in known})
+    if len(budgets) < 2:
         return None
-    batch = board.run.header["recipe"].get("global_batch")
-    chance = math.log(batch) if isinstance(batch, int) and batch > 1 else None
-    left, right, top, bottom = 44, WIDTH - 12, 12, 270
-    highest = max([float(y.max()) for _, _, y in curves] + ([chance] if chance else []))
-    ticks = _ticks(min(float(y.min()) for _, _, y in curves), highest)
+    left, right, top, bottom = 44, WIDTH - 24, 12, 270
+    position = _linear(math.log(budgets[0]), math.log(budgets[-1]), left + 20, right)
+    ticks = _ticks(min(value - width for _, value, width in known), max(value + width for _, value, width in known))
     y_of = _linear(ticks[0], ticks[-1], bottom, top)
-    last = max(float(x[-1]) for _, x, _ in curves)
+    drawn = [_y_axis(ticks, y_of, left, WIDTH - 12, "average, %")]
+    last_label = -math.inf
+    for samples in budgets:
+        if (x := position(math.log(samples))) - last_label > 5 * CHAR_UNITS:
+            drawn.append(_text(x, bottom + 18, _short(samples), anchor="middle", class_="small"))
+            last_label = x
+    drawn.append(_text((left + right) / 2, bottom + 36, "samples seen", anchor="middle", class_="small"))
+    for i, (name, points_of) in enumerate(averages.items()):
+        shift = 3 * (i - (len(averages) - 1) / 2)  # so that intervals do not hide each other
+        marks = [(position(math.log(samples)) + shift, value, width) for samples, value, width in points_of]
+        path = "M" + " L".join(f"{_n(x)} {_n(y_of(value))}" for x, value, _ in marks)
+        drawn.append(
+            element(
+                "g",
+                element("path", d=path, class_="curve") if len(marks) > 1 else None,
+                *(_line(x, y_of(value - width), x, y_of(value + width), "bar") for x, value, width in marks),
+                *(element("circle", cx=_n(x), cy=_n(y_of(value)), r=4, class_="dot") for x, value, _ in marks),
+                _title(f"{name}: " + ", ".join(f"{n:,}: {value:.1f} ± {width:.1f} %" for n, value, width in points_of)),
+                class_=classes[name],
+            )
+        )
+    return _svg(bottom + 44, drawn, "Average against samples seen with 95 % intervals")
+
+
+def loss_curves(board: Leaderboard) -> Markup | None:
+    """Loss against samples seen, beside what guessing gives: ln of the batch; None without metrics."""
+    return _curves(board, curves(board, LOSS), "loss", chance_loss(board))
+
+
+def recall_curves(board: Leaderboard) -> list[tuple[str, Markup]]:
+    """(what it is, plot) of each recall against samples seen that some line has."""
+    found = [
+        ("Recall@1 on pairs that are trained on", _percent_curves(board, TRAIN_RECALL, "train recall@1, %")),
+        ("Recall@1 on held-out pairs", _percent_curves(board, HELD_OUT_RECALL, "held-out recall@1, %")),
+    ]
+    return [(about, plot) for about, plot in found if plot is not None]
+
+
+def _percent_curves(board: Leaderboard, key: str, label: str) -> Markup | None:
+    def scaled(line: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        return line[0], 100 * line[1]
+
+    found = [Curve(c.strategy, scaled(c.mean), tuple(map(scaled, c.seeds))) for c in curves(board, key)]
+    return _curves(board, found, label, lowest=0.0)
+
+
+def _curves(
+    board: Leaderboard,
+    found: Sequence[Curve],
+    label: str,
+    guessing: tuple[float, str] | None = None,
+    lowest: float = math.inf,
+) -> Markup | None:
+    """Each strategy's mean over seeds, each seed as a thin line; None when there is no curve.
+
+    Args:
+        guessing: the loss that it gives, and what that is called.
+        lowest: a value that the axis reaches down to.
+    """
+    if not found:
+        return None
+    classes = colour_classes(board)
+    left, right, top, bottom = 44, WIDTH - 12, 12, 270
+    lines = [line for curve in found for line in (curve.mean, *curve.seeds)]
+    values = [float(bound) for _, y in lines for bound in (y.min(), y.max())] + ([guessing[0]] if guessing else [])
+    ticks = _ticks(min(lowest, *values), max(values))
+    y_of = _linear(ticks[0], ticks[-1], bottom, top)
+    last = max(float(x[-1]) for x, _ in lines)
     x_of = _linear(0, last, left, right)
-    parts = [_y_axis(ticks, y_of, left, right, "loss")]
+    parts = [_y_axis(ticks, y_of, left, right, label)]
     for tick in _ticks(0, last):
         if tick <= last * 1.001:
             parts.append(_text(x_of(tick), bottom + 18, _short(tick), anchor="middle", class_="small"))
     parts.append(_text((left + right) / 2, bottom + 36, "samples seen", anchor="middle", class_="small"))
-    if chance:
-        parts.append(_line(left, y_of(chance), right, y_of(chance), "reference"))
-        label = f"guessing: ln({batch}) = {chance:.2f}"
-        parts.append(_text(right, y_of(chance) - 5, label, anchor="end", class_="small halo"))
-    for name, x, y in curves:
-        path = "M" + " L".join(f"{_n(x_of(a))} {_n(y_of(b))}" for a, b in zip(x, y, strict=True))
-        title = _title(f"{name}: last loss {y[-1]:.3f}")
-        parts.append(element("g", element("path", d=path, class_="curve"), title, class_=classes[name]))
-    return _svg(bottom + 44, parts, "Training loss against samples seen")
+    if guessing:
+        y = y_of(guessing[0])
+        parts.append(_line(left, y, right, y, "reference"))
+        parts.append(_text(right, y - 5, f"guessing: {guessing[1]}", anchor="end", class_="small halo"))
 
+    def path(line: tuple[np.ndarray, np.ndarray], class_: str) -> Markup:
+        points_of = " L".join(f"{_n(x_of(x))} {_n(y_of(y))}" for x, y in zip(*line, strict=True))
+        return element("path", d=f"M{points_of}", class_=class_)
 
-def _mean_curve(lines: Sequence[Sequence[dict[str, float]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Loss over samples seen, averaged in at most MAX_CURVE_POINTS bins over all seeds."""
-    pairs = [
-        (float(point["samples_seen"]), float(point["loss"]))
-        for line in lines
-        for point in line
-        if point.get("samples_seen") is not None and point.get("loss") is not None and math.isfinite(point["loss"])
-    ]
-    if not pairs:
-        return np.empty(0), np.empty(0)
-    x, y = np.array(sorted(pairs)).T
-    steps, index = np.unique(x, return_inverse=True)
-    num_bins = min(MAX_CURVE_POINTS, len(steps))
-    bins = index * num_bins // len(steps)
-    count = np.bincount(bins)
-    return np.bincount(bins, weights=x) / count, np.bincount(bins, weights=y) / count
+    several = [curve for curve in found if len(curve.seeds) > 1]
+    for curve in several:
+        parts.append(element("g", *(path(line, "seed") for line in curve.seeds), class_=classes[curve.strategy]))
+    for curve in found:
+        title = _title(f"{curve.strategy}: {label} {curve.mean[1][-1]:.3f} at the end")
+        parts.append(element("g", path(curve.mean, "curve"), title, class_=classes[curve.strategy]))
+    return _svg(bottom + 44, parts, f"Training curves: {label} against samples seen")
 
 
 def _svg(height: float, parts: Sequence[Markup], label: str) -> Markup:

@@ -6,8 +6,8 @@
      "pool": {"path": "pool-3f2a91c0d4e7", "rows": 10000, "ok": 9900, "failed": {"undecodable": 100}},
      "strategies": [{"name": "no_filter", "selection": null, "compared": true, "label": "", "uses": [], "error": null}],
      "tasks": [{"name": "objects", "type": "zeroshot_classification", "metric": "acc1", "chance": 0.1, ...}],
-     "trainings": [{"strategy": "no_filter", "seed": 0, "checkpoint": "checkpoint-0f..", "error": null}],
-     "results": [{"strategy": "no_filter", "seed": 0, "task": "objects", "path": "results-cd..", "error": null}],
+     "trainings": [{"strategy": "no_filter", "samples_seen": 16000, "seed": 0, "checkpoint": "checkpoint-0f..", ...}],
+     "results": [{"strategy": "no_filter", "samples_seen": 16000, "seed": 0, "task": "objects", "path": ..., ...}],
      "contamination": [{"stage": "contamination", "path": "contamination-9b..", "error": null}],
      "shares": ["topic"], "published": {"no_filter": 13.2}, "published_note": "an older metric",
      "baseline": "no_filter"}
@@ -133,14 +133,15 @@ class Strategy:
 
 @dataclass(frozen=True)
 class Training:
-    """One training: facts of the checkpoint's record, and the lines of metrics.jsonl."""
+    """One training: its budget, facts of the checkpoint's record, and the lines of metrics.jsonl."""
 
     strategy: str
+    samples_seen: int
     seed: int
     checkpoint: str | None
     error: str | None
     facts: dict[str, Any] = field(default_factory=dict)
-    curve: tuple[dict[str, float], ...] = ()
+    curve: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Result:
     """
 
     strategy: str
+    samples_seen: int
     seed: int
     task: str
     path: str | None
@@ -225,6 +227,24 @@ class Run:
         """The strategies that the run trains, in the order of the config."""
         return [strategy for strategy in self.strategies if strategy.compared]
 
+    @property
+    def budgets(self) -> list[int]:
+        """How many samples its trainings see, in increasing order."""
+        return sorted({training.samples_seen for training in self.trainings})
+
+    def at(self, samples_seen: int) -> Run:
+        """The same run with the trainings of one budget alone."""
+
+        def own(results: Sequence[Result]) -> tuple[Result, ...]:
+            return tuple(result for result in results if result.samples_seen == samples_seen)
+
+        return replace(
+            self,
+            trainings=tuple(training for training in self.trainings if training.samples_seen == samples_seen),
+            results=own(self.results),
+            contamination=tuple(replace(found, results=own(found.results)) for found in self.contamination),
+        )
+
 
 def read_run(run_path: str) -> Run:
     """The records of the run in this folder. Raises WinnowError when run.json is missing or lacks a part."""
@@ -259,7 +279,7 @@ def read_run(run_path: str) -> Run:
         )
         baseline = data.get("baseline") or "no_filter"
     except KeyError as error:
-        raise WinnowError(f"{place}: {error} is missing, expected what execute.py writes") from error
+        raise WinnowError(f"{place}: {error} is missing, expected what pipeline/runs.py writes") from error
     overlap = _overlap(root, [s for s in strategies if s.compared], data["pool"], notes)
     return Run(
         name=storage.name_of(run_path),
@@ -391,7 +411,7 @@ def _mixes(path: str) -> dict[str, Mix]:
 def _training(root: str, entry: Mapping[str, Any]) -> Training:
     checkpoint, error = entry.get("checkpoint"), entry.get("error")
     facts: dict[str, Any] = {}
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, Any]] = []
     if checkpoint and not error:
         path = storage.join(root, checkpoint)
         try:
@@ -400,7 +420,9 @@ def _training(root: str, entry: Mapping[str, Any]) -> Training:
             curve = [json.loads(line) for line in lines if line.strip()]
         except (OSError, WinnowError, ValueError) as reason:
             error = None if facts else one_line(reason)  # a training without its curve is still a training
-    return Training(entry["strategy"], int(entry["seed"]), checkpoint, error, facts, tuple(curve))
+    return Training(
+        entry["strategy"], int(entry["samples_seen"]), int(entry["seed"]), checkpoint, error, facts, tuple(curve)
+    )
 
 
 def _contamination(root: str, entry: Mapping[str, Any]) -> Contamination:
@@ -433,7 +455,7 @@ def _result(
 ) -> tuple[Result, list[Result]]:
     """The result, and the same without the items that each contamination stage found in the pool."""
     path, error = entry.get("path"), entry.get("error")
-    empty = Result(entry["strategy"], int(entry["seed"]), task.name, path, error)
+    empty = Result(entry["strategy"], int(entry["samples_seen"]), int(entry["seed"]), task.name, path, error)
     if not path or error:
         return empty, [empty] * len(found)
     try:

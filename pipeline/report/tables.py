@@ -38,7 +38,16 @@ from pipeline.report.leaderboard import (
     points,
     published_text,
 )
-from pipeline.report.records import Task
+from pipeline.report.records import Result, Task
+from pipeline.report.trainings import (
+    BUDGETS,
+    DID,
+    budget_cells,
+    did_cells,
+    did_record,
+    warning_lines,
+    what_they_did,
+)
 
 # the first to go where a terminal is too narrow
 EXPENDABLE = ("checkpoint", "samples seen", "cost", "of pool", "repeats", "seeds")
@@ -200,6 +209,7 @@ def remarks(board: Leaderboard) -> list[str]:
     lines += [f"Used beyond the pool by {', '.join(names)}: {'; '.join(uses)}." for uses, names in users.items()]
     for row in board.rows:
         lines += [f"{row.strategy.name}: {reason}" for reason in row.reasons]
+    lines += warning_lines(board)
     for cleaned in board.cleaned:
         more = "; leaderboard.md has the scores without them" if cleaned.tasks else ""
         lines.append(f"{found_text(cleaned)}{more}.")
@@ -299,6 +309,11 @@ def markdown_text(board: Leaderboard) -> str:
     lines += ["", *(f"- {_markdown(line)}" for line in remarks(board))]
     if line := samples_line(board):
         lines.append(f"- {line}")
+    if board.smaller:
+        lines += ["", "## Score against samples seen", "", BUDGETS, "", *_markdown_table(*budget_cells(board))]
+    names, body = did_cells(board)
+    if body:
+        lines += ["", "## What the trainings did", "", DID, "", *_markdown_table(names, body)]
     lines += ["", "## Funnel", "", FUNNEL]
     for strategy in board.run.compared:
         if strategy.kept_rows is not None:
@@ -332,7 +347,7 @@ def _markdown(text: object) -> str:
 
 
 def csv_text(board: Leaderboard) -> str:
-    """One line per strategy, fractions 0..1. Empty where there is no value."""
+    """One line per strategy and budget, the largest budget first; fractions 0..1. Empty where there is no value."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     tasks = [task.name for task in board.run.tasks]
@@ -349,7 +364,7 @@ def csv_text(board: Leaderboard) -> str:
     ]
     names += ["standing", "num_seeds", "samples_seen", "repeats", "cpu_hours", "gpu_hours", "checkpoints", "missing"]
     writer.writerow([*names, "reasons"])
-    for record in (_row_record(board, row) for row in board.rows):
+    for record in (_row_record(part, row) for part in board.by_budget for row in part.rows):
         difference = record["difference"] or {}
         values = [record["rank"], record["strategy"], record["label"], record["kept_rows"], record["kept_fraction"]]
         values += [record["tasks"][task]["value"] for task in tasks]
@@ -389,11 +404,10 @@ def json_text(board: Leaderboard) -> str:
             }
             for task in run.tasks
         ],
-        "rows": [_row_record(board, row) for row in board.rows],
-        "results": [
-            {"strategy": r.strategy, "seed": r.seed, "task": r.task, "value": r.value, "path": r.path, "error": r.error}
-            for r in run.results
-        ],
+        "rows": [_row_record(board, row) | choices_record(row.strategy) for row in board.rows],
+        "smaller_budgets": [_budget_record(part) for part in board.smaller],
+        "trainings": {did.strategy: _rounded_all(did_record(did)) for did in what_they_did(board)},
+        "results": [_result_record(r) for part in board.by_budget for r in part.run.results],
         "overlap": None if run.overlap is None else _matrix(run.overlap.jaccard),
         "overlap_rows": None if run.overlap is None else _matrix(run.overlap.shared_rows),
         "overlap_one_in": None if run.overlap is None else run.overlap.one_in,
@@ -426,15 +440,28 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "task_differences": {name: _difference_record(found) for name, found in row.task_differences.items()},
         "seeds": list(row.seeds),
         "seeds_planned": row.seeds_planned,
-        "samples_seen": row.samples_seen,
+        "samples_seen": board.samples_seen,
         "repeats": _rounded(row.repeats),
         "cpu_hours": _rounded(row.cpu_hours),
         "gpu_hours": _rounded(row.gpu_hours),
         "choosing": {key: _rounded(value) for key, value in sorted(strategy.choosing.items())},
         "checkpoints": list(row.checkpoints),
         "reasons": list(row.reasons),
-        **choices_record(strategy),
     }
+
+
+def _budget_record(board: Leaderboard) -> dict[str, Any]:
+    return {
+        "samples_seen": board.samples_seen,
+        "headline": board.headline,
+        "one_seed": board.one_seed,
+        "rows": [_row_record(board, row) for row in board.rows],
+    }
+
+
+def _result_record(result: Result) -> dict[str, Any]:
+    names = ("strategy", "samples_seen", "seed", "task", "value", "path", "error")
+    return {name: getattr(result, name) for name in names}
 
 
 def _cleaned_record(cleaned: Cleaned) -> dict[str, Any]:
@@ -489,6 +516,10 @@ def _difference_record(difference) -> dict[str, Any] | None:
 
 def _matrix(values: np.ndarray) -> list[list[float | None]]:
     return [[_rounded(value) for value in line] for line in values.tolist()]
+
+
+def _rounded_all(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: _rounded(value) if isinstance(value, float) else value for key, value in record.items()}
 
 
 def _rounded(value: float | None) -> float | None:
