@@ -550,7 +550,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", help="and torch threads, each; 2, with a GPU one a core")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=48, help="24 or more")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--environment", help="a folder with webdataset <= 0.2.86; made with uv when not given")
     parser.add_argument("--order", help=argparse.SUPPRESS)  # of run_ours
@@ -560,6 +560,8 @@ def main() -> None:
         storage.write_json(arguments.found, train_here(storage.read_json(arguments.order)))
         return
 
+    if arguments.steps < 24:
+        parser.error(f"--steps = {arguments.steps}, expected at least 24, so that some are steady")
     on_gpu = arguments.device.startswith("cuda")
     environment = make_environment(arguments.environment)
     records = []

@@ -199,8 +199,8 @@ def test_architecture_by_name(train_set_path, tmp_path):
 def test_architectures_that_do_not_fit(tmp_path, train_set_path, monkeypatch):
     values = {"model": MODEL, "global_batch_size": 8, "samples_seen": 16, "lr": 1e-3}
 
-    def parse(model, **own):
-        return recipes.parse({**values, "model": model, **own}, "run.yaml: recipes.mine")
+    def parse(model):
+        return recipes.parse({**values, "model": model}, "run.yaml: recipes.mine")
 
     with pytest.raises(
         ConfigError, match=r"mine.model = coca_ViT-B-32: a model that writes captions .*expected an image"

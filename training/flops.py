@@ -63,7 +63,8 @@ class PairFlops:
         self._is_causal = clip_model.is_causal(model)
         size = model.visual.image_size
         height, width = size if isinstance(size, Sequence) else (size, size)
-        self._image = _forward_flops(_Tower(model, "image"), torch.empty(1, 3, height, width, device="meta"))
+        # Two images: normalising over a batch of one may not be possible.
+        self._image = _forward_flops(_Tower(model, "image"), torch.empty(2, 3, height, width, device="meta")) // 2
         # Projections grow with the tokens and attention with their square, so three lengths tell all.
         lengths = [self.context_length]
         if self._is_causal:

@@ -3,7 +3,8 @@
 A batch beyond memory is taken in forward passes of at most `batch_size` pairs, with cached gradients (GradCache, Gao et
 al. 2021): features of all parts without a graph, the loss of the whole batch once with its gradients to the features,
 then each part again with a graph, through which those gradients go back. So the loss is that of the full batch, and
-the logit scale gets its gradient once.
+the logit scale gets its gradient once. Two things still depend on how a batch is cut into passes and ranks: which
+patches are dropped, and batch normalisation, whose statistics are those of one pass (a warning says so).
 Shapes: B pairs, S image side, T tokens, D embedding width.
 """
 
