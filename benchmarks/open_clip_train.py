@@ -236,9 +236,10 @@ def train_here(order: dict[str, Any]) -> dict[str, Any]:
     return {"lines": lines, "cpu_s": start["found_cpu_s"], "optimizer_s": sum(optimizer_s())}
 
 
-def _encode_padded(model: Any, tokens_BT: torch.Tensor, normalize: bool = True) -> torch.Tensor:
-    """model.encode_text of captions padded to its context, as open_clip's command computes them."""
-    return model.encode_text(functional.pad(tokens_BT, (0, model.context_length - tokens_BT.shape[1])), normalize)
+def _encode_padded(model: Any, tokens_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """Features of captions padded to the model's context, as open_clip's command computes them."""
+    missing = model.context_length - tokens_BT.shape[1]
+    return model.encode_text(functional.pad(tokens_BT, (0, missing)), normalize=True)
 
 
 def _time_optimizer(step: Any, device: str) -> Callable[[], list[float]]:
@@ -489,8 +490,9 @@ def synthetic(arguments: argparse.Namespace, image_size_px: int) -> dict[str, fl
     image_BSS3 = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     texts = [caption for _, caption in drawn_pairs(arguments.batch, 32, "short")]
     tokens_BT = clip_model.trim(clip.model, clip.tokenizer(texts)).contiguous()
-    lengths = tokens_BT.argmax(dim=-1).double() + 1
-    batch = Batch(0, image_BSS3.to(arguments.device), tokens_BT.to(arguments.device), [arguments.batch])
+    lengths_B = clip_model.caption_lengths(clip.model, tokens_BT)
+    lengths = lengths_B.double()
+    batch = Batch(0, image_BSS3.to(arguments.device), tokens_BT.to(arguments.device), [arguments.batch], lengths_B)
     rates = []
     for _ in range(4):  # the first one warms up
         torch.cuda.synchronize()

@@ -90,7 +90,8 @@ class Ours:
             vocabulary.shrink(model, used)
             tokens = torch.from_numpy(places.reshape(tokens.shape))
         self.learner = step.Learner(model.to(device), recipe, 0, device=device)
-        self.batch = Batch(0, image_BSS3.to(device), tokens.to(device), [len(texts)])
+        lengths_B = clip_model.caption_lengths(model, tokens)
+        self.batch = Batch(0, image_BSS3.to(device), tokens.to(device), [len(texts)], lengths_B)
 
     def step(self) -> None:
         """None; one optimizer step."""

@@ -33,7 +33,7 @@ def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int) -> tuple[tor
     for start in range(0, len(order), batch_size):
         tokens_BT = clip.tokenizer([distinct[index] for index in order[start : start + batch_size]])
         tokens_BT = clip_model.trim(clip.model, tokens_BT).to(clip.device)
-        features.append(clip_model.encode_text(clip.model, tokens_BT, normalize=True))
+        features.append(clip_model.encode_text(clip.model, tokens_BT))
     sorted_UD = torch.cat(features)
     text_UD = torch.empty_like(sorted_UD)
     text_UD[torch.tensor(order, device=clip.device)] = sorted_UD

@@ -31,7 +31,7 @@ def build_classifier(clip: Clip, classnames: Sequence[str], templates: Sequence[
         names = classnames[start : start + step]
         prompts = [template.format(c=name) for name in names for template in templates]
         tokens_BT = clip_model.trim(clip.model, clip.tokenizer(prompts)).to(clip.device)
-        features_BD = clip_model.encode_text(clip.model, tokens_BT, normalize=True)
+        features_BD = clip_model.encode_text(clip.model, tokens_BT)
         mean_CD = features_BD.reshape(len(names), len(templates), -1).mean(dim=1)
         columns.append(mean_CD / mean_CD.norm(dim=1, keepdim=True))
     return torch.cat(columns).T.contiguous()

@@ -15,6 +15,7 @@ from torch import distributed
 from pipeline.core import clip_model
 from pipeline.core.errors import WinnowError
 from tests.training_fixture import MODEL, in_child, on_ranks, recipe
+from training import step as optimizer_step
 from training.data import Batch
 from training.ledger import rank_slice
 from training.step import Learner, average_decay, learning_rate
@@ -51,9 +52,9 @@ def make_learner(own, dtype=torch.float64, architecture="ViT", **options):
     return Learner(model, chosen, order_seed=5, **options)
 
 
-def make_batch(step=0, num_pairs=NUM_PAIRS, rank=0, world_size=1, side_px=16):
+def make_batch(number=0, num_pairs=NUM_PAIRS, rank=0, world_size=1, side_px=16):
     """A rank's part of a drawn batch, captions of unequal lengths."""
-    generator = torch.Generator().manual_seed(100 + step)
+    generator = torch.Generator().manual_seed(100 + number)
     image_BSS3 = torch.randint(0, 256, (num_pairs, side_px, side_px, 3), generator=generator).to(torch.uint8)
     tokens_BT = torch.randint(1, VOCABULARY - 1, (num_pairs, 9), generator=generator)
     for row in range(num_pairs):
@@ -61,7 +62,9 @@ def make_batch(step=0, num_pairs=NUM_PAIRS, rank=0, world_size=1, side_px=16):
         tokens_BT[row, 3 + row % 6] = VOCABULARY - 1
     sizes = [rank_slice(num_pairs, index, world_size) for index in range(world_size)]
     first, last = sizes[rank] if sizes[rank][0] < sizes[rank][1] else (0, 1)
-    return Batch(step, image_BSS3[first:last], tokens_BT[first:last], [stop - start for start, stop in sizes])
+    part_sizes = [stop - start for start, stop in sizes]
+    tokens_BT = tokens_BT[first:last]
+    return Batch(number, image_BSS3[first:last], tokens_BT, part_sizes, tokens_BT.argmax(dim=-1) + 1)
 
 
 def take_steps(learner, batches):
@@ -290,3 +293,12 @@ def test_learning_rate():
         [0.5, 1.0, 1.5, 2.0, 2.0, *(1 + math.cos(math.pi * done / 6) for done in range(1, 6))]
     )
     assert learning_rate(recipe(lr=2.0, schedule="constant"), 12) == 2.0
+
+
+def test_captions_in_groups_of_like_length_give_the_same_gradients(monkeypatch):
+    """Seven captions of 4 to 9 tokens in four groups, beside all of them as long as the longest."""
+    at_once = take_steps(make_learner({}), [make_batch()])
+    monkeypatch.setattr(optimizer_step, "GROUP_PAIRS", 1)
+    grouped = make_learner({})
+    assert grouped._groups(make_batch().lengths_B).lengths == [4, 6, 8, 9]
+    assert_close(take_steps(grouped, [make_batch()]), at_once)

@@ -46,7 +46,6 @@ BATCHES_AHEAD = 3
 PART_SAMPLES = 64  # of a batch, loaded by one thread at a time
 MAX_GAP_BYTES = 1 << 16  # between neighbours of a tar: the caption, the json and padding
 TOKEN_TABLE_ENTRIES = 1_000_000  # up to here all captions are tokenised at the start: some 10 s, 154 MB of 77 tokens
-GPU_TOKENS_MULTIPLE = 8  # captions of a batch are cut to such a length there: few shapes, whole tensor core tiles
 DETAIL = 2.0  # pixels of the smallest crop for one of the model's, at least; Pillow's thumbnails have as many
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)  # its default range of width / height, which open_clip keeps
@@ -63,6 +62,7 @@ class Batch(NamedTuple):
     image_BSS3: torch.Tensor
     tokens_BT: torch.Tensor
     part_sizes: list[int]
+    lengths_B: torch.Tensor  # int64: tokens of each caption up to its end, always on the CPU
 
 
 class Loader:
@@ -84,7 +84,6 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._threads, self._pin_memory = threads, pin_memory
         self._model = clip.model
-        self._trim_to = GPU_TOKENS_MULTIPLE if pin_memory else 1
         size = clip.model.visual.image_size
         self._size_px = size if isinstance(size, int) else size[0]
         self._resize = _until_tensor(clip.preprocess)
@@ -130,8 +129,11 @@ class Loader:
                     parts_ahead -= len(parts)
                     for part in parts:
                         part.result()
-                    tokens_BT = clip_model.trim(self._model, batch.tokens_BT, self._trim_to).contiguous()
-                    yield batch._replace(tokens_BT=tokens_BT.pin_memory() if self._pin_memory else tokens_BT)
+                    lengths_B = clip_model.caption_lengths(self._model, batch.tokens_BT)
+                    tokens_BT = batch.tokens_BT[:, : int(lengths_B.max())].contiguous()
+                    if self._pin_memory:
+                        tokens_BT = tokens_BT.pin_memory()
+                    yield batch._replace(tokens_BT=tokens_BT, lengths_B=lengths_B)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
 
@@ -149,6 +151,7 @@ class Loader:
             ),
             torch.empty((last - first, self._context), dtype=torch.int64),
             [stop - start for start, stop in slices],
+            torch.zeros(last - first, dtype=torch.int64),
         )
         parts = []
         for start in range(first, last, PART_SAMPLES):

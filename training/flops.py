@@ -98,7 +98,7 @@ class _Tower(torch.nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         if self.kind == "image":
             return self.model.encode_image(values, normalize=True)
-        return clip_model.encode_text(self.model, values, normalize=True)
+        return clip_model.encode_text(self.model, values)
 
 
 def _forward_flops(tower: _Tower, values: torch.Tensor) -> int:

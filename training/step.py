@@ -28,6 +28,8 @@ from training.recipe import Recipe
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DROPOUT_STREAM = 4
+TEXT_GROUPS, GROUP_PAIRS = 4, 64  # groups of captions of like length, and the fewest pairs of one
+GPU_LENGTHS = 8  # there a group's length is a multiple of this: few shapes, whole tensor core tiles
 
 
 class TwoTowers(torch.nn.Module):
@@ -41,11 +43,13 @@ class TwoTowers(torch.nn.Module):
             values = torch.tensor(preprocess[name], dtype=model.logit_scale.dtype)
             self.register_buffer(name, values.view(3, 1, 1), persistent=False)
 
-    def forward(self, image_BSS3: torch.Tensor, tokens_BT: torch.Tensor) -> Features:
-        """Features of B pairs."""
+    def forward(
+        self, image_BSS3: torch.Tensor, tokens_BT: torch.Tensor, groups: clip_model.LengthGroups | None = None
+    ) -> Features:
+        """Features of B pairs, whose captions are computed in groups of like length."""
         pixels_B3SS = image_BSS3.permute(0, 3, 1, 2).to(self.mean.dtype).div(255).sub(self.mean).div(self.std)
         image_BD = self.model.encode_image(pixels_B3SS, normalize=True)
-        text_BD = clip_model.encode_text(self.model, tokens_BT, normalize=True)
+        text_BD = clip_model.encode_text(self.model, tokens_BT, groups)
         logit_scale, logit_bias = self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
         return Features(_at_least_float32(image_BD), _at_least_float32(text_BD), logit_scale, logit_bias)
 
@@ -108,7 +112,7 @@ class Learner:
     ):
         self.model, self.recipe = model, recipe
         self._order_seed, self._rank, self._batch_size = order_seed, rank, batch_size
-        self._kind = torch.device(device).type
+        self._device, self._kind = device, torch.device(device).type
         self.optimizer = make_optimizer(model, recipe)
         self._scaler = torch.amp.GradScaler(self._kind, enabled=recipe.precision == "fp16")
         self._bare = TwoTowers(model).to(device)
@@ -171,7 +175,14 @@ class Learner:
         """Features of a part of the batch; its patch dropout is a function of step, rank and the part's place."""
         torch.manual_seed(random_bits(self._order_seed, DROPOUT_STREAM, batch.step, self._rank, rows.start or 0) >> 1)
         with self._autocast(), self._compiler():
-            return Features(*towers(batch.image_BSS3[rows], batch.tokens_BT[rows]))
+            return Features(*towers(batch.image_BSS3[rows], batch.tokens_BT[rows], self._groups(batch.lengths_B[rows])))
+
+    def _groups(self, lengths_B: torch.Tensor) -> clip_model.LengthGroups | None:
+        """The captions' groups; None where there are too few of them, and all are computed at once."""
+        count = min(TEXT_GROUPS, len(lengths_B) // GROUP_PAIRS)
+        if count < 2:
+            return None
+        return clip_model.length_groups(lengths_B, count, self._device, GPU_LENGTHS if self._kind == "cuda" else 1)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.recipe.precision == "fp32":

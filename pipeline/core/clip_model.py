@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.core import storage
 from pipeline.core.errors import ConfigError, WinnowError, one_line, suggestion
@@ -253,35 +253,64 @@ def embed(clip: Clip, images: Sequence[Any], captions: Sequence[str], threads: E
         images_BCHW = torch.stack(list(threads.map(clip.preprocess, images))).to(clip.device)
         image_BD = clip.model.encode_image(images_BCHW, normalize=True).float()
         tokens_BT = clip.tokenizer(captions)
-        order = torch.argsort((tokens_BT != 0).sum(dim=1), stable=True)
-        text_BD = torch.empty_like(image_BD)
-        for rows in order.chunk(TEXT_GROUPS):
-            tokens = trim(clip.model, tokens_BT[rows]).to(clip.device)
-            text_BD[rows.to(clip.device)] = encode_text(clip.model, tokens, normalize=True).float()
-    return image_BD, text_BD
+        groups = length_groups(caption_lengths(clip.model, tokens_BT), TEXT_GROUPS, clip.device)
+        text_BD = encode_text(clip.model, tokens_BT.to(clip.device), groups)
+    return image_BD, text_BD.float()
 
 
-def trim(model: Any, tokens_BT: Any, multiple: int = 1) -> Any:
-    """[B, L] the tokens up to the longest caption of the batch, L a multiple where the context allows.
+class LengthGroups(NamedTuple):
+    """Captions of like length together, so that each group is computed without the padding of the longest."""
 
-    Under a causal mask what follows the end-of-text token can't change its feature. Text towers of another kind get
-    their tokens as they are. Call it before the tokens go to a GPU: it waits for their values.
+    rows: list[Any]  # of each group, on the model's device
+    lengths: list[int]  # tokens of each group's longest
+    back_B: Any  # puts the groups' rows, one after another, back in order
+
+
+def caption_lengths(model: Any, tokens_BT: Any) -> Any:
+    """[B] int64: tokens up to the end-of-text, which has the largest id.
+
+    Under a causal mask what follows can't change a caption's feature. Text towers of another kind need the context.
     """
+    import torch
+
     if not is_causal(model):
-        return tokens_BT
-    longest = int(tokens_BT.argmax(dim=-1).max()) + 1  # the end-of-text token has the largest id
-    return tokens_BT[:, : -(-longest // multiple) * multiple]
+        return torch.full((len(tokens_BT),), tokens_BT.shape[1])
+    return tokens_BT.argmax(dim=-1) + 1
 
 
-def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:
-    """[B, D] text features, equal to model.encode_text's up to rounding; the tokens may be trimmed."""
+def length_groups(lengths_B: Any, count: int, device: Any, multiple: int = 1) -> LengthGroups:
+    """Groups of equal size but the last; their lengths are rounded up to a multiple. Wants lengths_B on the CPU."""
+    import torch
+
+    order_B = torch.argsort(lengths_B, stable=True)
+    rows = order_B.chunk(count)
+    lengths = [-(-int(lengths_B[group[-1]]) // multiple) * multiple for group in rows]
+    return LengthGroups([group.to(device) for group in rows], lengths, torch.argsort(order_B).to(device))
+
+
+def trim(model: Any, tokens_BT: Any) -> Any:
+    """[B, L] the tokens up to the longest caption of the batch. Call it on the CPU: it waits for their values."""
+    return tokens_BT[:, : int(caption_lengths(model, tokens_BT).max())]
+
+
+def encode_text(model: Any, tokens_BT: Any, groups: LengthGroups | None = None) -> Any:
+    """[B, D] L2-normalised text features, equal to model.encode_text's up to rounding.
+
+    Args:
+        tokens_BT: may be trimmed.
+        groups: of these captions; None: all at once.
+    """
     import torch
     from open_clip.transformer import text_global_pool
     from torch.nn import functional
 
+    if groups is not None:
+        parts = zip(groups.rows, groups.lengths, strict=True)
+        features = [encode_text(model, tokens_BT[rows, :length]) for rows, length in parts]
+        return torch.cat(features).index_select(0, groups.back_B)
     length = tokens_BT.shape[1]
     if not is_causal(model):
-        return model.encode_text(tokens_BT, normalize=normalize)
+        return model.encode_text(tokens_BT, normalize=True)
     dtype = model.transformer.get_cast_dtype()
     hidden_BTD = model.token_embedding(tokens_BT).to(dtype) + model.positional_embedding[:length].to(dtype)
     hidden_BTD = model.transformer(hidden_BTD, attn_mask=model.attn_mask[:length, :length])
@@ -289,7 +318,7 @@ def encode_text(model: Any, tokens_BT: Any, normalize: bool = True) -> Any:
     if model.text_projection is not None:
         project = model.text_projection
         features_BD = project(features_BD) if isinstance(project, torch.nn.Linear) else features_BD @ project
-    return functional.normalize(features_BD, dim=-1) if normalize else features_BD
+    return functional.normalize(features_BD, dim=-1)
 
 
 def is_causal(model: Any) -> bool:
