@@ -465,9 +465,15 @@ def _budgets(shared: Recipe, budgets: list[int], place: str) -> dict[int, Recipe
 
 def _check_start(trained: Recipe, model: ModelConfig, recipes: Mapping[str, Recipe], place: str) -> None:
     """None. Raises ConfigError where the model to start from has other weights, as far as the config tells."""
-    other: dict[str, Any] = {"model": model.architecture}
+    keys = ("model", "image_size_px", "loss")
     if model.recipe is not None:
-        other = {key: getattr(recipes[model.recipe], key) for key in ("model", "image_size_px", "loss")}
+        other = {key: getattr(recipes[model.recipe], key) for key in keys}
+    else:
+        other = {"model": model.architecture}
+        if known := clip_model.known_config(model.architecture or ""):
+            other["loss"] = "siglip" if "init_logit_bias" in known else "clip"
+            if trained.image_size_px is not None:
+                other["image_size_px"] = known["vision_cfg"].get("image_size")
     for key, value in other.items():
         if value != getattr(trained, key):
             texts = [one if isinstance(one, str | int) else "another one" for one in (value, getattr(trained, key))]

@@ -57,6 +57,8 @@ def plan_of(tmp_path, *overrides, path=TINY):
         ("train.seeds=[99999999999]", r"train\.seeds"),
         ("cluster.train_set={batch_size: 2}", r"cluster\.train_set\.batch_size has no effect"),
         ("recipes.tiny.num_checkpoints=3\ntrain.budgets=[300, 60]", r"train\.budgets: 60: num_checkpoints = 3, expected at most its 2 steps"),
+        ("recipes.tiny.image_size_px=20", r"recipes\.tiny\.model: images of 20 px, expected a multiple of its patches of 8 px"),
+        ("models.scorer={architecture: ViT-B-32, pretrained: openai}\ntrain.recipe=debug\nrecipes.debug={start_from: scorer, model: ViT-B-32, loss: siglip, global_batch_size: 8, samples_seen: 16, lr: 1e-3}", r"recipe debug: start_from = scorer, whose loss is clip, expected siglip"),
         ("recipes.tiny.start_from=scorr", r"recipe tiny: start_from = scorr, expected one of the models\. Did you mean scorer"),
         ("recipes.tiny.start_from=scorer", r"models\.scorer -> models\.scorer: a cycle"),
         ("train.recipe=debug\nrecipes.debug={start_from: scorer, model: ViT-B-32, global_batch_size: 8, samples_seen: 16, lr: 1e-3}", r"recipe debug: start_from = scorer, whose model is another one, expected ViT-B-32"),

@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"entries        {ledger.num_entries}, each seen {counts.min()} to {counts.max()} times",
                 f"pairs          {len(of_pair)}, each seen {of_pair.min()} to {of_pair.max()} times",
             ]
-    except WinnowError as error:
+    except (WinnowError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(*lines, sep="\n")

@@ -81,7 +81,7 @@ def train(
 
     architecture = clip_model.model_config(recipe.model)
     if recipe.loss == "siglip":
-        architecture |= SIGLIP_START
+        architecture = SIGLIP_START | architecture
     torch.manual_seed(seeds.initialisation)
     clip = clip_model.build(architecture, recipe.image_size_px, force_patch_dropout=recipe.patch_dropout or None)
     model = clip.model.train()

@@ -28,7 +28,11 @@ def explains_out_of_memory(train: Callable[..., dict[str, Any]]) -> Callable[...
             num_pairs = min(num_pairs, options.get("batch_size") or num_pairs)
             ways = [f"cluster.train.batch_size <= {num_pairs // 2}"] if num_pairs > 1 else []
             ways += [] if recipe.grad_checkpointing else ["grad_checkpointing: true in the recipe"]
-            advice = " or ".join(ways) + " (neither changes the result)" if ways else "a smaller model"
+            advice = (
+                " or ".join(ways) + " (the same result but for rounding, patch dropout and batch statistics)"
+                if ways
+                else "a smaller model"
+            )
             raise WinnowError(
                 f"{out_path}: out of memory on {options.get('device', 'cpu')} with {num_pairs} pairs a forward pass,"
                 f" expected {advice}: {' '.join(str(error).split())[:200]}"

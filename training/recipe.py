@@ -51,7 +51,9 @@ class Recipe(config.Model):
     eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16, fp16: autocast over fp32 parameters
     crop_scale: list[float] | None = [0.9, 1.0]  # RandomResizedCrop's range of area; None: resize and centre crop
-    patch_dropout: float = Field(0.0, ge=0, lt=1)  # of the image's patches, while training (Li et al. 2023, FLIP)
+    patch_dropout: float = Field(
+        0.0, ge=0, lt=1
+    )  # of the image's patches, while training (Li et al. 2023, FLIP); 0: the architecture's own
     ema_decay: float | None = Field(None, gt=0, lt=1)  # the checkpoint is the moving average of the weights
     grad_clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False)
     num_checkpoints: int = Field(1, ge=1)  # models that are kept, at equal parts of the budget, the last included
@@ -101,7 +103,7 @@ def parse(values: Mapping[str, Any], place: str) -> Recipe:
     if str(values.get("model")).endswith(".json"):
         values["model"] = _model_of_file(str(values["model"]), f"{place}.model")
     parsed = config.validate(Recipe, values, place)
-    clip_model.check_trainable(parsed.model, f"{place}.model")
+    clip_model.check_trainable(parsed.model, parsed.image_size_px, f"{place}.model")
     return parsed
 
 

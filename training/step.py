@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -120,12 +121,14 @@ class Learner:
             self._bare.compile()
         self._towers: torch.nn.Module = self._bare
         if world_size > 1:
-            self._towers = torch.nn.parallel.DistributedDataParallel(
-                self._bare,
-                device_ids=[torch.device(device)] if self._kind == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # newer torch has another word for broadcast_buffers, which ours may lack
+                warnings.simplefilter("ignore", FutureWarning)
+                self._towers = torch.nn.parallel.DistributedDataParallel(
+                    self._bare,
+                    device_ids=[torch.device(device)] if self._kind == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
         self._average: list[torch.Tensor] | None = None
         if recipe.ema_decay is not None:
             self._average = [value.clone() for value in self._averaged_values()]

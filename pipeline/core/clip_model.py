@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -62,19 +63,29 @@ def check_architecture(architecture: Architecture, place: str) -> None:
     _check_packages(architecture, place)
 
 
-def check_trainable(architecture: Architecture, place: str) -> None:
-    """None. Raises ConfigError for an architecture that is more than two towers, or sees other than squares."""
-    config: Mapping[str, Any] = {}
-    if not isinstance(architecture, str):
-        config = architecture
-    elif architecture in (known := _known_architectures()):
-        config, place = storage.read_json(known[architecture]), f"{place} = {architecture}"
+def check_trainable(architecture: Architecture, image_size_px: int | None, place: str) -> None:
+    """None. Raises ConfigError for more than two towers, or images that are no squares of whole patches."""
+    config = known_config(architecture)
+    if isinstance(architecture, str):
+        place = f"{place} = {architecture}"
     if "multimodal_cfg" in config:
         raise ConfigError(f"{place}: a model that writes captions (multimodal_cfg), expected an image and a text tower")
     vision = config.get("vision_cfg")
-    size = vision.get("image_size") if isinstance(vision, Mapping) else None
+    if not isinstance(vision, Mapping):
+        return
+    size, patch = image_size_px or vision.get("image_size"), vision.get("patch_size")
     if isinstance(size, Sequence) and len(set(size)) > 1:
         raise ConfigError(f"{place}: vision_cfg.image_size = {list(size)}, expected a square")
+    if isinstance(size, int) and isinstance(patch, int) and size % patch:
+        raise ConfigError(f"{place}: images of {size} px, expected a multiple of its patches of {patch} px")
+
+
+def known_config(architecture: Architecture) -> Mapping[str, Any]:
+    """The model_cfg of an architecture as far as it is known without a network and without torch; else empty."""
+    if not isinstance(architecture, str):
+        return architecture
+    known = _known_architectures()
+    return storage.read_json(known[architecture]) if architecture in known else {}
 
 
 def _check_packages(config: Mapping[str, Any], place: str) -> None:
@@ -152,10 +163,20 @@ def _open_folder(folder: str, load_weights: bool, **options: Any) -> Clip:
     import open_clip
 
     name = f"local-dir:{folder}"
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        name, load_weights=load_weights, output_dict=True, **options
-    )
+    root = logging.getLogger()  # open_clip warns there of random weights, which are what is asked for
+    if not load_weights:
+        root.addFilter(_is_no_warning)
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, load_weights=load_weights, output_dict=True, **options
+        )
+    finally:
+        root.removeFilter(_is_no_warning)
     return Clip(model, preprocess, open_clip.get_tokenizer(name), "cpu")
+
+
+def _is_no_warning(record: logging.LogRecord) -> bool:
+    return record.levelno != logging.WARNING
 
 
 def _write_config(folder: str, architecture: Architecture, preprocess: Mapping[str, Any] | None) -> None:
