@@ -32,6 +32,7 @@ from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, gallery, shares, train_set
 from stages.stage_worker import Reference, StageJob, StageWorker, fit, fit_path
+from training.metrics import METRICS_FILE
 
 POLL_S = 0.25
 
@@ -428,7 +429,7 @@ class Executor:
                 arguments = (*arguments, _device(resources), _threads(resources), report, options)
                 facts = self._one(label, remote.train_one, arguments, step)
         self.progress.end(label)
-        return facts, {"fact_files": ["metrics.jsonl"]}
+        return facts, {"fact_files": [METRICS_FILE]}
 
     def _run_results(self, label: str, steps: list[Step], statuses: Mapping[str, Status]) -> dict[str, str]:
         started = time.monotonic()

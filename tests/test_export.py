@@ -223,7 +223,7 @@ def test_the_command_line_from_elsewhere(checkpoint, tmp_path):
     assert (rows["samples seen"], rows["entries of the train set"], rows["optimizer steps"]) == ("100", "50", "13")
     assert (rows["distinct pairs seen"], rows["times that the most frequent pair was seen"]) == ("50", "2")
     assert (rows["seed of the initialisation"], rows["seed of the order"]) == ("3", "7")
-    assert rows["loss of the last batch"] == f"{facts['final_loss']:.4g}"
+    assert rows["loss, mean of the last tenth of the lines"] == f"{facts['final_loss']:.4g}"
     assert "unknown" not in rows.values()
     assert '"lr": 0.001' in card and '"index_sha256"' in card
     assert "its checkpoint's records" not in card and "which languages" in card and "licence" in card
@@ -235,7 +235,7 @@ def test_a_model_that_was_kept_before_the_end_has_its_own_facts(checkpoint, tmp_
     rows = rows_of((tmp_path / "hub" / "README.md").read_text())
     assert (rows["samples seen"], rows["samples seen by the whole training"]) == (kept.rpartition("_")[2], "100")
     assert rows["checkpoint"] == checkpoint.name
-    assert rows["loss of the last batch"] == rows["distinct pairs seen"] == "unknown"
+    assert rows["loss, mean of the last tenth of the lines"] == rows["distinct pairs seen"] == "unknown"
 
 
 def test_what_is_unknown_of_a_bare_model_folder_is_said(exported):

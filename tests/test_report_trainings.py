@@ -198,6 +198,23 @@ def test_a_loss_that_bounds_nothing_has_no_bound(tmp_path):
     assert "ln N - loss" not in names
 
 
+def test_the_loss_of_a_smaller_last_batch_is_left_out(tmp_path):
+    run = write_run(tmp_path, strategies={"no_filter": STRATEGIES["no_filter"]}, seeds=(0,), num_items=60)
+    (path,) = checkpoints(run, "no_filter")
+    smaller = {"chance_loss": math.log(4), "ln_batch": math.log(4), "loss": 0.01, "mutual_information_bound_nats": 1.4}
+    rewrite(path, lambda lines: lines[-1].update(smaller))
+    board = build_report(str(run))
+    whole = [line["loss"] for line in lines_of(path)[:-1]]
+    (curve,) = trainings.curves(board, "loss")
+    assert curve.mean[0][-1] <= 249 * 64
+    assert curve.mean[1].min() >= min(whole)
+    (did,) = trainings.what_they_did(board)
+    assert did.final_loss == pytest.approx(np.mean(whole[-25:]))
+    assert did.bound_nats == pytest.approx(math.log(64) - did.final_loss)
+    (recall,) = trainings.curves(board, "held_out_recall_at_1")
+    assert recall.mean[0][-1] == SAMPLES_SEEN  # which does not depend on the batch
+
+
 def test_alarms_and_warnings_are_said_once_with_their_seeds(tmp_path):
     run = write_run(tmp_path, strategies=FEW, num_items=60)
     alarm = "the loss stays within 1 % of <b>ln N</b>"

@@ -17,7 +17,7 @@ from pipeline.core import clip_model, images, pool, storage
 from pipeline.core.errors import WinnowError
 from tests.pool_fixture import drawing, write_pool
 from tests.training_fixture import MODEL, on_ranks, recipe, train_rank, write_train_set
-from training import flops, probe, watch
+from training import checkpoint, flops, metrics, probe, watch
 from training.ledger import Ledger
 from training.loop import train
 from training.loss import Features, contrastive_loss
@@ -133,6 +133,18 @@ def test_shares_of_the_gradient_are_what_negatives_weigh():
             rows += [entropy_exp(row / row.sum()) for row in shares]
         found = watch.effective_negatives(logits, None, is_sigmoid=kind == "siglip")
         assert found == pytest.approx(np.mean(rows), rel=1e-4)
+
+
+def test_the_loss_decides_what_a_negative_weighs():
+    """A model_cfg may bring a logit bias into a training with the softmax loss."""
+    plain, biased = drawn_features(6, 4), drawn_features(6, 4, bias=torch.tensor(-2.0))
+    tokens = torch.arange(6)[:, None]
+
+    def weighing(features, loss):
+        return float(watch.feature_measures(features, tokens, loss=loss)["effective_negatives"])
+
+    assert weighing(biased, "clip") == pytest.approx(weighing(plain, "clip"))
+    assert weighing(biased, "siglip") > weighing(biased, "clip") + 0.05  # a sigmoid saturates
 
 
 def test_only_the_first_rows_of_a_large_batch_are_compared(monkeypatch):
@@ -257,15 +269,18 @@ def test_lines_of_a_training(train_set_path, tmp_path):
     assert [line["step"] for line in found if "train_recall_at_1" in line] == [2, 5, 7, 10, 13]
     assert (facts["recall_pairs"], facts["held_out_recall_at_1"]) == (NUM_SAMPLES, None)
     assert facts["train_recall_at_1"] == found[-1]["train_recall_at_1"]
-    assert facts["final_loss"] == found[-1]["loss"]
+    assert facts["final_loss"] == pytest.approx((found[-2]["loss"] + found[-1]["loss"]) / 2)
 
 
 def test_lines_of_a_sigmoid_training(train_set_path, tmp_path):
-    train(train_set_path, str(tmp_path), recipe(loss="siglip"), Seeds(0, 0))
-    first = lines(tmp_path)[0]
+    facts = train(train_set_path, str(tmp_path), recipe(loss="siglip"), Seeds(0, 0))
+    found = lines(tmp_path)
+    first = found[0]
     assert first["ln_batch"] is first["mutual_information_bound_nats"] is None
     assert first["chance_loss"] == pytest.approx(math.log(8) + 7 * math.log(8 / 7))
     assert 1 <= first["effective_negatives"] <= 7
+    assert found[-1]["chance_loss"] < first["chance_loss"]  # the last batch is of 4 pairs, and its loss no final one
+    assert facts["final_loss"] == pytest.approx((found[10]["loss"] + found[11]["loss"]) / 2)
 
 
 def test_an_interrupted_trainings_lines_are_those_of_an_uninterrupted_one(train_set_path, held_out_path, tmp_path):
@@ -298,6 +313,29 @@ def test_an_interrupted_trainings_lines_are_those_of_an_uninterrupted_one(train_
     assert [line["alarm"] for line in found if "alarm" in line] == [watch.CHANCE_ALARM]
 
 
+def test_the_time_of_an_interrupted_training_is_that_of_all_attempts(train_set_path, tmp_path):
+    class StoppedError(Exception):
+        pass
+
+    def stop(line):
+        if line["step"] == 7:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(train_set_path, str(tmp_path), recipe(), Seeds(0, 0), report=stop, checkpoint_every_steps=6, threads=2)
+    state = torch.load(tmp_path / "step_00000006" / "state.pt", weights_only=True)
+    spent = state["spent"]
+    assert spent["train_s"] > 0
+    assert spent == {**spent, "cpu_hours": pytest.approx(spent["train_s"] * 2 / 3600), "gpu_hours": 0}
+    state["spent"] = {"train_s": 7200.0, "cpu_hours": 16.0, "gpu_hours": 2.0}
+    checkpoint.save(str(tmp_path), 6, state)
+    facts = train(train_set_path, str(tmp_path), recipe(), Seeds(0, 0))
+    assert facts["resumed_at_step"] == 6
+    assert facts["train_s"] > 7200
+    assert facts["cpu_hours"] - 16 == pytest.approx((facts["train_s"] - 7200) / 3600)
+    assert facts["gpu_hours"] == 2
+
+
 def test_clamp_hits_are_steps_that_end_at_the_limit(train_set_path, tmp_path):
     model = {**MODEL, "init_logit_scale": math.log(100)}
     train(train_set_path, str(tmp_path), recipe(model=model, lr=1e-2, samples_seen=400), Seeds(0, 0))
@@ -307,11 +345,14 @@ def test_clamp_hits_are_steps_that_end_at_the_limit(train_set_path, tmp_path):
     assert not all(at_limit)
 
 
-def test_recall_of_the_probe_is_that_of_the_kept_model(train_set_path, held_out_path, tmp_path):
+def test_recall_of_the_probe_is_that_of_the_kept_model(train_set_path, held_out_path, tmp_path, caplog):
     """With crops, dropped patches, a moving average and a token table that lacks the pool's words."""
     own = recipe(samples_seen=600, **EVERY_WORD)
     facts = train(train_set_path, str(tmp_path), own, Seeds(0, 0), held_out_path=held_out_path)
     assert facts["recall_pairs"] == 28  # usable rows of the pool, and as many of the train set
+    few = "recall is measured on 28 pairs, all that the held-out pool has, expected at least 100"
+    assert facts["warnings"] == [f"{few}: a single pair is 3.6 % of it"]
+    assert f"{tmp_path}: {few}" in caplog.text
     clip = clip_model.load({"folder": f"{tmp_path}/open_clip"})
 
     train_set = open_train_set(train_set_path)
@@ -392,24 +433,51 @@ def test_alarm_of_a_training_that_learns_nothing(tmp_path, train_set_path):
     """Images that say nothing of their captions, and a learning rate that moves nothing; then a healthy training."""
     own = {"global_batch_size": 25, "samples_seen": 1000, "crop_scale": None}
     facts = train(train_set_path, str(tmp_path / "stuck"), recipe(lr=1e-9, **own), Seeds(0, 0))
-    assert facts["warnings"] == [watch.CHANCE_ALARM]
+    few = "recall is measured on 50 pairs, all that the train set has, expected at least 100: a single pair is 2.0 % of it"
+    assert facts["warnings"] == [few, watch.CHANCE_ALARM]
     (at,) = [line["step"] for line in lines(tmp_path / "stuck") if "alarm" in line]
     assert at == 23  # 20 steps after the warmup
     facts = train(train_set_path, str(tmp_path / "healthy"), recipe(**own), Seeds(0, 0))
-    assert facts["warnings"] == []
+    assert facts["warnings"] == [few]
     assert not [line for line in lines(tmp_path / "healthy") if "alarm" in line]
 
 
-def test_alarm_of_duplicate_captions(tmp_path):
+def test_alarm_of_duplicate_captions(tmp_path, caplog):
     path = write_train_set(str(tmp_path / "train_set"), 5)
     facts = train(path, str(tmp_path / "out"), recipe(global_batch_size=12, samples_seen=120), Seeds(0, 0))
     assert watch.DUPLICATES_ALARM in facts["warnings"]
     assert lines(tmp_path / "out")[0]["duplicate_captions_fraction"] == 1
+    few = (
+        "train set of 5 distinct pairs, global_batch_size = 12: every batch repeats pairs, which are then negatives of"
+        " themselves"
+    )
+    assert few in facts["warnings"]
+    assert few in caplog.text
+
+
+def test_warning_of_fewer_pairs_than_candidates():
+    def is_warned(num_pairs, **own):
+        return watch.repeats_warning(num_pairs, recipe(**own)) is not None
+
+    assert [is_warned(num_pairs) for num_pairs in (7, 8, 50)] == [True, False, False]
+    assert [is_warned(num_pairs, samples_seen=5) for num_pairs in (4, 5)] == [True, False]
+    assert [is_warned(num_pairs, num_negatives=3) for num_pairs in (3, 4)] == [True, False]  # four in a row differ
+
+
+def test_last_values_are_those_of_whole_batches():
+    found = [{"loss": float(step), "chance_loss": 4.0} for step in range(30)]
+    assert metrics.last_mean(found, "loss") == 28
+    assert metrics.last_mean([*found, {"loss": 0.1, "chance_loss": 3.0}], "loss") == 28
+    assert metrics.last_mean([*found[:-1], {"loss": None, "chance_loss": 4.0}], "loss") == 27.5
+    assert metrics.last_mean([{"loss": 0.1, "chance_loss": 3.0}], "loss") == 0.1  # the only batch is a small one
+    assert metrics.last_mean([{"loss": 2.0}], "loss") == 2
+    assert metrics.last_mean(found, "lr") is metrics.last_mean([], "loss") is None
 
 
 def line_at(step, **own):
+    """A line after every step, of 10 s."""
     calm = {"loss": 1.0, "chance_loss": 2.0, "duplicate_captions_fraction": 0.1, "data_wait_fraction": 0.1}
-    return {"step": step, **calm, **own}
+    return {"step": step, "samples_seen": 8 * step, "samples_per_s": 0.8, **calm, **own}
 
 
 def test_alarms_say_a_thing_once_and_after_enough_lines():
@@ -419,7 +487,7 @@ def test_alarms_say_a_thing_once_and_after_enough_lines():
         found = []
         for step in steps:
             found.append(line_at(step, **own))
-            if text := watch.alarm(found, chosen):
+            if text := watch.alarm(found, chosen, 0):
                 found[-1]["alarm"] = text
         return [(line["step"], line["alarm"]) for line in found if "alarm" in line]
 
@@ -429,10 +497,30 @@ def test_alarms_say_a_thing_once_and_after_enough_lines():
     assert said(range(3, 301, 3), loss=2.5) == [(132, watch.CHANCE_ALARM)]
     assert said(range(1, 6), data_wait_fraction=0.6) == []
     assert said(range(1, 20), data_wait_fraction=0.6) == [(6, watch.WAIT_ALARM)]
-    assert said(range(1, 20), duplicate_captions_fraction=0.31) == [(6, watch.DUPLICATES_ALARM)]
+    assert said(range(1, 20), duplicate_captions_fraction=0.31) == [(5, watch.DUPLICATES_ALARM)]
     both = said(range(1, 20), duplicate_captions_fraction=0.31, data_wait_fraction=0.6)
-    assert both == [(6, watch.DUPLICATES_ALARM), (7, watch.WAIT_ALARM)]
+    assert both == [(5, watch.DUPLICATES_ALARM), (6, watch.WAIT_ALARM)]
     assert said(range(1, 20), duplicate_captions_fraction=None) == []
+
+
+def test_the_alarm_of_waiting_is_of_some_seconds_of_one_process():
+    chosen = recipe(samples_seen=8 * 300, warmup_steps=100)
+
+    def said(num_lines, num_earlier=0, **own):
+        found = [line_at(step, **own) for step in range(1, num_lines + 1)]
+        return watch.alarm(found, chosen, num_earlier)
+
+    assert said(6, data_wait_fraction=0.6) == watch.WAIT_ALARM
+    assert said(6, num_earlier=1, data_wait_fraction=0.6) is None
+    assert said(12, num_earlier=6, data_wait_fraction=0.6) == watch.WAIT_ALARM
+    # Lines of 0.1 s, 0.08 s of it waiting: it takes 10 s of that.
+    short = {"samples_per_s": 80, "data_wait_fraction": 0.8}
+    assert said(125, **short) is None
+    assert said(127, **short) == watch.WAIT_ALARM
+    slow = [line_at(step, data_wait_fraction=0.6) for step in range(1, 6)]
+    assert watch.alarm([line_at(0, data_wait_fraction=1.0), *slow], chosen, 0) == watch.WAIT_ALARM
+    slow[2] |= {"samples_per_s": 0.4, "data_wait_fraction": 0.1}  # the longest line counts as much as it lasts
+    assert watch.alarm([line_at(0, data_wait_fraction=1.0), *slow], chosen, 0) is None
 
 
 def test_means_are_over_time_and_leave_out_what_happens_once(tmp_path):

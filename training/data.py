@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class Loader:
         self._model = clip.model
         size = clip.model.visual.image_size
         self._size_px = size if isinstance(size, int) else size[0]
-        self._resize = _until_tensor(clip.preprocess)
+        self._resize = until_tensor(clip.preprocess)
         self._crop_scale, self._min_side_px = recipe.crop_scale, None
         if recipe.crop_scale:
             # A crop of a fraction f of the area has at least f of the shorter side.
@@ -282,7 +282,7 @@ def _central_box(height: int, width: int) -> tuple[int, int, int, int]:
     return left, top, left + w, top + h
 
 
-def _until_tensor(preprocess: Any) -> Any:
+def until_tensor(preprocess: Any) -> Callable[[Image.Image], Image.Image]:
     """The model's own evaluation preprocessing up to where it makes a tensor: PIL image -> PIL image."""
     steps = []
     for step in preprocess.transforms:

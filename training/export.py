@@ -149,7 +149,8 @@ def _free_folder(out: str) -> str:
 
 def _find_model(checkpoint: str) -> tuple[str, dict[str, Any] | None, dict[str, Any] | None]:
     """(model folder, the checkpoint's record, its ledger.json); None for records that did not come along."""
-    from training.loop import LEDGER_FILE, MODEL_FOLDER
+    from training.ledger import LEDGER_FILE
+    from training.loop import MODEL_FOLDER
 
     path = storage.absolute(checkpoint)
     try:
@@ -425,7 +426,7 @@ FACTS = {  # in the checkpoint's record: what the card calls it
     "num_samples": "entries of the train set",
     "unique_uids": "distinct pairs seen",
     "max_repeats": "times that the most frequent pair was seen",
-    "final_loss": "loss of the last batch",
+    "final_loss": "loss, mean of the last tenth of the lines",
     "num_parameters": "parameters",
 }
 OF_THE_TRAINING = {"num_samples", "num_parameters"}  # the same for a model that was kept before the end

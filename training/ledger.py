@@ -28,6 +28,7 @@ from pipeline.core.errors import WinnowError
 
 VERSION = 1  # bump when the same arguments give another order
 
+LEDGER_FILE = "ledger.json"  # to_json() and the digest of the train set's index, in a finished training's folder
 ARGUMENTS = ("num_entries", "samples_seen", "global_batch_size", "seed", "chunk_size")
 KEY_STREAM, PHASE_STREAM = 1, 2
 FEISTEL_ROUNDS = 8

@@ -28,13 +28,13 @@ from pipeline.core.errors import ConfigError, WinnowError
 from training import checkpoint, vocabulary, watch
 from training import recipe as recipes
 from training.data import Batch, Loader
-from training.ledger import Ledger
+from training.ledger import LEDGER_FILE, Ledger
 from training.memory import explains_out_of_memory
 from training.recipe import Recipe, Seeds
 from training.step import Learner, learning_rate
 from training.train_set import count_repeats, index_digest, open_train_set
 
-LEDGER_FILE, MODEL_FOLDER = "ledger.json", "open_clip"
+MODEL_FOLDER = "open_clip"
 SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # Zhai et al. 2023
 
 
@@ -123,11 +123,22 @@ def train(
             state = checkpoint.load_newest(out_path, identity)
             if state is None or state["step"] != found[0]:
                 raise WinnowError(f"{out_path}: rank {rank} does not see step {found[0]}, expected a shared folder")
-    first_step, watched = 0, None
+    first_step, watched, earlier = 0, None, {}
     if state is not None:
-        first_step, watched = state["step"], state["watch"]
+        first_step, watched, earlier = state["step"], state["watch"], state["spent"]
         learner.load_state(state)
         del state
+
+    def spent() -> dict[str, float]:
+        """What the training took so far, with the attempts before this one up to the states that went on."""
+        train_s = time.monotonic() - started_s
+        worker_hours = train_s * world_size / 3600
+        own = {
+            "train_s": train_s,
+            "cpu_hours": worker_hours * threads,
+            "gpu_hours": worker_hours if device.startswith("cuda") else 0.0,
+        }
+        return {name: value + earlier.get(name, 0.0) for name, value in own.items()}
 
     @contextlib.contextmanager
     def kept_weights(done: int) -> Iterator[None]:
@@ -201,7 +212,9 @@ def train(
         # A loss that is not a number ends the training at the next line: until then the states are those before it.
         if rank == 0 and done < recipe.num_steps and is_due and math.isfinite(taken.loss.item()):
             counted = watcher.state()  # before the state is written: lines up to its step are never lost
-            checkpoint.save(out_path, done, {"identity": identity, "step": done, "watch": counted, **learner.state()})
+            state = {"identity": identity, "step": done, "watch": counted, "spent": spent(), **learner.state()}
+            checkpoint.save(out_path, done, state)
+            del state
             saved_s = time.monotonic()
     batches.close()
 
@@ -210,7 +223,6 @@ def train(
         with checkpoint.written(storage.join(out_path, LEDGER_FILE)):
             storage.write_json(storage.join(out_path, LEDGER_FILE), ledger_record)
         seen = watcher.facts()
-        seconds = time.monotonic() - started_s
         facts = {
             "samples_seen": recipe.samples_seen,
             "steps": recipe.num_steps,
@@ -224,10 +236,8 @@ def train(
             "num_workers": world_size,
             "threads": threads,
             "batch_size": batch_size,
-            "train_s": round(seconds, 3),
-            "cpu_hours": seconds * threads * world_size / 3600,
-            "gpu_hours": seconds * world_size / 3600 if device.startswith("cuda") else 0.0,
-            "warnings": [*recipes.check(recipe), *seen.pop("alarms")],
+            **spent(),
+            "warnings": [*recipes.check(recipe), *seen.pop("warnings")],
             **seen,
         }
         checkpoint.delete_all(out_path)

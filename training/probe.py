@@ -6,7 +6,6 @@ Shapes: n pairs, S image side, T tokens, D embedding width, Q queries, N items.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -19,8 +18,9 @@ import torch
 from pipeline.core import clip_model, images, pool, storage
 from pipeline.core.clip_model import Clip
 from pipeline.core.errors import ImageError, WinnowError
+from training.data import until_tensor
 from training.recipe import Recipe
-from training.step import AUTOCAST, TwoTowers
+from training.step import TwoTowers, autocast
 from training.train_set import TrainSet, pairs
 
 EVALUATIONS = 5  # at equal parts of the budget
@@ -83,6 +83,8 @@ class Probe:
         held_out_path: a pool; its first usable rows by uid are taken. None: only the train set's recall.
         batch_size: the most pairs of a forward pass.
 
+    `warning` is one line where the smaller of the two sets is small, else None.
+
     Raises:
         WinnowError: the train set or the pool can't be read, the pool has no usable row.
     """
@@ -101,7 +103,8 @@ class Probe:
     ):
         self.num_pairs = min(MOST_PAIRS, len(entries), max(FEWEST_PAIRS, recipe.samples_seen // SAMPLES_A_PAIR))
         self._clip, self._device = clip, device
-        self._dtype = AUTOCAST.get(recipe.precision)
+        self._precision = recipe.precision
+        self._resize = until_tensor(clip.preprocess)
         self._batch_size = min(BATCH_SIZE, batch_size or BATCH_SIZE)
         self._towers = TwoTowers(clip.model).to(device)
         files: dict[str, list[ImageFile]] = {}
@@ -111,6 +114,13 @@ class Probe:
             self.num_pairs = len(rows)
             files["held_out_recall_at_1"] = _files_of_pool(held_out_path, rows)
             captions["held_out_recall_at_1"] = rows["caption"].to_pylist()
+        self.warning = None
+        if self.num_pairs < FEWEST_PAIRS:
+            decides = "train set" if self.num_pairs == len(entries) else "held-out pool"
+            self.warning = (
+                f"recall is measured on {self.num_pairs} pairs, all that the {decides} has, expected at least"
+                f" {FEWEST_PAIRS}: a single pair is {100 / self.num_pairs:.1f} % of it"
+            )
         chosen = entries[: self.num_pairs]
         files["train_recall_at_1"] = _files_of_train_set(train_set, chosen)
         captions["train_recall_at_1"] = pc.take(train_set.captions, pa.array(chosen)).to_pylist()
@@ -121,16 +131,13 @@ class Probe:
 
     def _picture(self, file: ImageFile) -> np.ndarray:
         """[S, S, 3] uint8: the model's own preprocessing of an evaluation, up to where it makes a tensor."""
-        *steps, _, _ = self._clip.preprocess.transforms
         try:
             image = images.decode_rgb(storage.read_range(file.path, file.start, file.stop))
         except FileNotFoundError as error:
             raise WinnowError(f"{file.path} is missing, expected a tar of the train set or the pool") from error
         except ImageError as error:
             raise WinnowError(f"{file.path}: {file.name}: {error}, expected an image that decodes") from error
-        for step in steps:
-            image = step(image)
-        return np.asarray(image)
+        return np.asarray(self._resize(image))
 
     def _pairs(self, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> Pairs:
         tokens_nT = self._clip.tokenizer(captions)
@@ -154,15 +161,10 @@ class Probe:
         for start in range(0, len(chosen.image_nSS3), self._batch_size):
             rows = slice(start, start + self._batch_size)
             tokens_nT = clip_model.trim(self._clip.model, chosen.tokens_nT[rows])
-            with self._autocast():
+            with autocast(self._precision, self._device):
                 found.append(self._towers(chosen.image_nSS3[rows].to(self._device), tokens_nT.to(self._device)))
         image_nD, text_nD = (torch.cat([getattr(part, name) for part in found]) for name in ("image_nD", "text_nD"))
         return mean_recall_at_1(image_nD, text_nD, chosen.caption_n.to(self._device)).item()
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(torch.device(self._device).type, self._dtype)
 
 
 def _usable_rows(pool_path: str, most: int) -> pa.Table:

@@ -55,6 +55,13 @@ class TwoTowers(torch.nn.Module):
         return Features(_at_least_float32(image_BD), _at_least_float32(text_BD), logit_scale, logit_bias)
 
 
+def autocast(precision: str, device: str) -> contextlib.AbstractContextManager:
+    """A block in which both towers compute in a recipe's precision, with float32 weights."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, AUTOCAST[precision])
+
+
 class Step(NamedTuple):
     """What a step leaves behind; on the device, not waited for."""
 
@@ -177,7 +184,7 @@ class Learner:
     def _forward(self, towers: torch.nn.Module, batch: Batch, rows: slice) -> Features:
         """Features of a part of the batch; its patch dropout is a function of step, rank and the part's place."""
         torch.manual_seed(random_bits(self._order_seed, DROPOUT_STREAM, batch.step, self._rank, rows.start or 0) >> 1)
-        with self._autocast(), self._compiler():
+        with autocast(self.recipe.precision, self._device), self._compiler():
             return Features(*towers(batch.image_BSS3[rows], batch.tokens_BT[rows], self._groups(batch.lengths_B[rows])))
 
     def _groups(self, lengths_B: torch.Tensor) -> clip_model.LengthGroups | None:
@@ -186,11 +193,6 @@ class Learner:
         if count < 2:
             return None
         return clip_model.length_groups(lengths_B, count, self._device, GPU_LENGTHS if self._kind == "cuda" else 1)
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.recipe.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._kind, AUTOCAST[self.recipe.precision])
 
     @contextlib.contextmanager
     def _compiler(self) -> Iterator[None]:

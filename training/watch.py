@@ -26,11 +26,11 @@ from training import checkpoint, probe
 from training.data import Batch
 from training.flops import PairFlops, peak_tflop_per_s
 from training.loss import MAX_LOGIT_SCALE, Features
+from training.metrics import METRICS_FILE, last_mean
 from training.recipe import Recipe
 from training.step import Step
 from training.train_set import TrainSet
 
-METRICS_FILE = "metrics.jsonl"
 LINES = 100  # a curve of about this many points, at least one every MOST_STEPS_A_LINE
 MOST_STEPS_A_LINE = 100
 WRITE_EVERY_S = 10.0  # the file is written whole, as object stores can't append
@@ -41,7 +41,8 @@ RANKME_EPS = 1e-7  # Garrido et al. 2023, for float32
 TIMED = ("samples_per_s", "data_wait_fraction", "tflop_per_s", "mfu_useful", "mfu_padded")  # differ from run to run
 
 CHANCE_FRACTION, CHANCE_STEPS = 0.99, 20
-DUPLICATES_FRACTION, WAIT_FRACTION, RECENT_LINES = 0.3, 0.5, 5
+DUPLICATES_FRACTION, RECENT_LINES = 0.3, 5
+WAIT_FRACTION, WAIT_S = 0.5, 10.0
 CHANCE_ALARM = (
     "the loss stays at chance, which is what guessing gives: lr may be too low or too high, the captions all alike,"
     " or images and captions not belong together"
@@ -87,6 +88,10 @@ class Watch:
         self._probe = probe.Probe(
             clip, train_set, entries, held_out_path, recipe, device=device, threads=threads, batch_size=batch_size
         )
+        found = (repeats_warning(self._num_pairs, recipe), self._probe.warning)
+        self._warnings = [warning for warning in found if warning is not None]
+        for warning in self._warnings:
+            log.logger.warning("%s: %s", out_path, warning)
         self._flops = None
         try:
             self._flops = PairFlops(clip.model)
@@ -130,7 +135,11 @@ class Watch:
                 "tokens": length_B.mean(),
                 "square_tokens": length_B.square().mean(),
                 **feature_measures(
-                    taken.features, tokens_BT, self._recipe.num_negatives, with_rank=done in self._rank_steps
+                    taken.features,
+                    tokens_BT,
+                    self._recipe.num_negatives,
+                    loss=self._recipe.loss,
+                    with_rank=done in self._rank_steps,
                 ),
             }
         )
@@ -158,7 +167,7 @@ class Watch:
         if done in probe.steps(self._recipe):
             with self._kept_weights(done):
                 line |= self._probe.recalls()
-        if found_alarm := alarm([*self._metrics.lines, line], self._recipe):
+        if found_alarm := alarm([*self._metrics.lines, line], self._recipe, self._metrics.num_earlier):
             line["alarm"] = found_alarm
         self._metrics.add(line)
         return line
@@ -185,12 +194,12 @@ class Watch:
         self._metrics.write()
         lines = self._metrics.lines
         return {
-            "final_loss": lines[-1]["loss"],
+            "final_loss": last_mean(lines, "loss"),
             "train_recall_at_1": lines[-1]["train_recall_at_1"],
             "held_out_recall_at_1": lines[-1].get("held_out_recall_at_1"),
             "recall_pairs": self._probe.num_pairs,
             **{name: self._metrics.mean(name) for name in TIMED},
-            "alarms": [line["alarm"] for line in lines if "alarm" in line],
+            "warnings": [*self._warnings, *(line["alarm"] for line in lines if "alarm" in line)],
         }
 
 
@@ -212,13 +221,19 @@ def chance_loss(kind: str, num_candidates: int) -> float:
 
 
 def feature_measures(
-    features: Features, tokens_BT: torch.Tensor, num_negatives: int | None = None, with_rank: bool = True
+    features: Features,
+    tokens_BT: torch.Tensor,
+    num_negatives: int | None = None,
+    *,
+    loss: str = "clip",
+    with_rank: bool = True,
 ) -> dict[str, torch.Tensor | None]:
     """Scalars on the device by name; all are None where there are fewer than two pairs.
 
     Args:
         features: of B pairs at least; more are left out.
         tokens_BT: their captions: those that are alike up to the end of the context are duplicates.
+        loss: the recipe's, which decides what a negative weighs; a logit bias may be there in either.
         with_rank: False leaves rankme None, which is most of the work.
     """
     names = ("alignment", "uniformity_image", "uniformity_text", "modality_gap", "rankme_image", "rankme_text")
@@ -238,7 +253,7 @@ def feature_measures(
         (image_nD.mean(dim=0) - text_nD.mean(dim=0)).norm(),
         rankme(image_nD) if with_rank else None,
         rankme(text_nD) if with_rank else None,
-        effective_negatives(logits_nn, num_negatives, is_sigmoid=features.logit_bias is not None),
+        effective_negatives(logits_nn, num_negatives, is_sigmoid=loss == "siglip"),
         probe.mean_recall_at_1(image_nD, text_nD, caption_B[:rows]),
         duplicates_fraction(caption_B),
     )
@@ -308,13 +323,28 @@ def _numbers(values: Mapping[str, torch.Tensor | None]) -> dict[str, float | Non
     return {name: None if value is None or not math.isfinite(value) else value for name, value in found.items()}
 
 
-def alarm(lines: Sequence[Mapping[str, Any]], recipe: Recipe) -> str | None:
-    """One sentence with advice where the newest line shows that something is amiss which no line before said."""
+def repeats_warning(num_pairs: int, recipe: Recipe) -> str | None:
+    """One line where a pair has more candidates than there are distinct pairs; else None."""
+    size = min(recipe.global_batch_size, recipe.samples_seen)
+    if num_pairs >= min(size, (recipe.num_negatives or size) + 1):
+        return None
+    return (
+        f"train set of {num_pairs} distinct pairs, global_batch_size = {recipe.global_batch_size}: every batch repeats"
+        " pairs, which are then negatives of themselves"
+    )
+
+
+def alarm(lines: Sequence[Mapping[str, Any]], recipe: Recipe, num_earlier: int) -> str | None:
+    """One sentence with advice where the newest line shows that something is amiss which no line before said.
+
+    Args:
+        num_earlier: of the lines, those that processes before this one wrote.
+    """
     said = {line.get("alarm") for line in lines}
     checks = {
         CHANCE_ALARM: _is_at_chance(lines, recipe),
-        DUPLICATES_ALARM: _is_above(lines, "duplicate_captions_fraction", DUPLICATES_FRACTION),
-        WAIT_ALARM: _is_above(lines, "data_wait_fraction", WAIT_FRACTION),
+        DUPLICATES_ALARM: _has_duplicates(lines),
+        WAIT_ALARM: _waits(lines[num_earlier:]),
     }
     return next((text for text, is_amiss in checks.items() if is_amiss and text not in said), None)
 
@@ -327,10 +357,29 @@ def _is_at_chance(lines: Sequence[Mapping[str, Any]], recipe: Recipe) -> bool:
     return all(line["loss"] >= CHANCE_FRACTION * line["chance_loss"] for line in lines if line["step"] > first)
 
 
-def _is_above(lines: Sequence[Mapping[str, Any]], name: str, limit: float) -> bool:
-    """True where the mean of the last lines is; the first line has what happens once, and doesn't count."""
-    recent = [line[name] for line in lines[1:][-RECENT_LINES:] if line[name] is not None]
-    return len(recent) == RECENT_LINES and sum(recent) / len(recent) > limit
+def _has_duplicates(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """True where the mean of the last lines is above the limit."""
+    last = [line["duplicate_captions_fraction"] for line in lines[-RECENT_LINES:]]
+    recent = [fraction for fraction in last if fraction is not None]
+    return len(recent) == RECENT_LINES and sum(recent) / len(recent) > DUPLICATES_FRACTION
+
+
+def _waits(own: Sequence[Mapping[str, Any]]) -> bool:
+    """True where the process waited for most of the time of its last lines: as many as it takes for WAIT_S of waiting,
+    and RECENT_LINES at least. Its first line has what happens once, and doesn't count."""
+    waited_s = spent_s = 0.0
+    for count, (line, before) in enumerate(itertools.pairwise(reversed(own)), start=1):
+        seconds = _seconds(before, line)
+        spent_s += seconds
+        waited_s += seconds * line["data_wait_fraction"]
+        if count >= RECENT_LINES and waited_s >= WAIT_S:
+            return waited_s > WAIT_FRACTION * spent_s
+    return False
+
+
+def _seconds(before: Mapping[str, Any], line: Mapping[str, Any]) -> float:
+    """What passed between two neighbouring lines of one process."""
+    return (line["samples_seen"] - before["samples_seen"]) / line["samples_per_s"]
 
 
 class MetricsFile:
@@ -344,7 +393,7 @@ class MetricsFile:
             self._warn_if_recent()
             lines = [json.loads(text) for text in storage.read_bytes(self._path).decode().splitlines()]
             self.lines = [line for line in lines if line["step"] <= first_step]
-        self._num_earlier = len(self.lines)
+        self.num_earlier = len(self.lines)
 
     def _warn_if_recent(self) -> None:
         if storage.is_url(self._path):
@@ -372,12 +421,12 @@ class MetricsFile:
 
         None where a line has none, or there are fewer than two lines.
         """
-        own = self.lines[self._num_earlier :]
+        own = self.lines[self.num_earlier :]
         weighted = spent_s = 0.0
         for before, line in itertools.pairwise(own):
             if line[name] is None:
                 return None
-            seconds = (line["samples_seen"] - before["samples_seen"]) / line["samples_per_s"]
+            seconds = _seconds(before, line)
             weighted += seconds * line[name]
             spent_s += seconds
         return weighted / spent_s if spent_s else None

@@ -35,6 +35,7 @@ from pipeline.core import storage
 from pipeline.core.artifact import read_record
 from pipeline.core.errors import WinnowError, one_line
 from pipeline.report.uncertainty import influence_of_items
+from training.metrics import METRICS_FILE
 
 # Labels of strategies that are shown and compete with nobody: one reads planted truth, the other is no choice from the
 # pool but a whole reference.
@@ -416,7 +417,7 @@ def _training(root: str, entry: Mapping[str, Any]) -> Training:
         path = storage.join(root, checkpoint)
         try:
             facts = _facts(path)
-            lines = storage.read_bytes(storage.join(path, "metrics.jsonl")).decode().splitlines()
+            lines = storage.read_bytes(storage.join(path, METRICS_FILE)).decode().splitlines()
             curve = [json.loads(line) for line in lines if line.strip()]
         except (OSError, WinnowError, ValueError) as reason:
             error = None if facts else one_line(reason)  # a training without its curve is still a training

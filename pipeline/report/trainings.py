@@ -15,15 +15,16 @@ import numpy as np
 
 from pipeline.report.leaderboard import Estimate, Leaderboard, number, percent
 from pipeline.report.records import Training
+from training import metrics
 
 BUDGETS = "Average over all tasks of trainings with different budgets, each with a schedule of its own."
 DID = (
-    "Means over seeds. Loss and what it bounds are of the last tenth of the lines; ln N - loss is a lower bound on the "
-    "mutual information of images and captions as the model sees them, in nats."
+    "Means over seeds. Loss and what it bounds are of the last tenth of the lines of whole batches; ln N - loss is a "
+    "lower bound on the mutual information of images and captions as the model sees them, in nats."
 )
 MAX_CURVE_POINTS = 200
-LAST_FRACTION = 0.1  # of a training's lines, which its last values are means of
-LOSS, TRAIN_RECALL, HELD_OUT_RECALL = "loss", "train_recall_at_1", "held_out_recall_at_1"
+LOSS, BOUND = "loss", "mutual_information_bound_nats"
+TRAIN_RECALL, HELD_OUT_RECALL = "train_recall_at_1", "held_out_recall_at_1"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ def curves(board: Leaderboard, key: str) -> list[Curve]:
 def chance_loss(board: Leaderboard) -> tuple[float, str] | None:
     """(loss of a model that guesses, what it is called) with the whole batch; None where no line has it."""
     lines = [line for training in board.run.trainings for line in training.curve]
-    chance = max((loss for line in lines if (loss := _number(line.get("chance_loss"))) is not None), default=None)
+    chance = max(
+        (loss for line in lines if (loss := metrics.finite(line.get("chance_loss"))) is not None), default=None
+    )
     if chance is None:
         return None
-    ln_batch = max((ln for line in lines if (ln := _number(line.get("ln_batch"))) is not None), default=None)
+    ln_batch = max((ln for line in lines if (ln := metrics.finite(line.get("ln_batch"))) is not None), default=None)
     return chance, f"{chance:.2f}" if ln_batch is None else f"ln({math.exp(ln_batch):.0f}) = {chance:.2f}"
 
 
@@ -92,7 +95,7 @@ def _did(strategy: str, trainings: Sequence[Training]) -> Did:
         return sum(known) / len(known) if known else None
 
     def fact(name: str) -> float | None:
-        return mean([_number(training.facts.get(name)) for training in trainings])
+        return mean([metrics.finite(training.facts.get(name)) for training in trainings])
 
     uids, seen = fact("unique_uids"), fact("samples_seen")
     return Did(
@@ -100,8 +103,8 @@ def _did(strategy: str, trainings: Sequence[Training]) -> Did:
         uids,
         seen / uids if uids and seen else None,
         fact("max_repeats"),
-        mean([_last(training, LOSS) for training in trainings]),
-        mean([_last(training, "mutual_information_bound_nats") for training in trainings]),
+        mean([metrics.last_mean(training.curve, LOSS) for training in trainings]),
+        mean([metrics.last_mean(training.curve, BOUND) for training in trainings]),
         fact(TRAIN_RECALL),
         fact(HELD_OUT_RECALL),
         fact("samples_per_s"),
@@ -175,15 +178,10 @@ def _text(value: float | None, form: str, missing: str = "-") -> str:
     return missing if value is None else form.format(value)
 
 
-def _number(value: Any) -> float | None:
-    """The value where it is a finite number."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
-
-
 def _points(training: Training, key: str) -> list[tuple[float, float]]:
-    """(samples seen, value) of each line that has it."""
-    pairs = [(_number(line.get("samples_seen")), _number(line.get(key))) for line in training.curve]
+    """(samples seen, value) of each line that has it; losses only of whole batches."""
+    lines = metrics.whole_batches(training.curve) if key == LOSS else training.curve
+    pairs = [(metrics.finite(line.get("samples_seen")), metrics.finite(line.get(key))) for line in lines]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
@@ -196,11 +194,3 @@ def _binned(points: Sequence[tuple[float, float]]) -> tuple[np.ndarray, np.ndarr
     bins = index * min(MAX_CURVE_POINTS, len(steps)) // len(steps)
     count = np.bincount(bins)
     return np.bincount(bins, weights=x) / count, np.bincount(bins, weights=y) / count
-
-
-def _last(training: Training, key: str) -> float | None:
-    """The mean over the last lines that have the value."""
-    num = math.ceil(LAST_FRACTION * len(training.curve))
-    known = [_number(line.get(key)) for line in training.curve[len(training.curve) - num :]]
-    values = [value for value in known if value is not None]
-    return sum(values) / len(values) if values else None
