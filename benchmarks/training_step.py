@@ -13,7 +13,6 @@ cropping from a train set's tars, after its start-up.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import pathlib
 import statistics
@@ -66,10 +65,8 @@ class Plain:
 
     def step(self) -> None:
         """None; one optimizer step."""
-        kind = self.recipe.precision
-        autocast = torch.autocast(torch.device(self.device).type, step.AUTOCAST[kind]) if kind != "fp32" else None
         self.optimizer.zero_grad()
-        with autocast or contextlib.nullcontext():
+        with step.autocast(self.recipe.precision, self.device):
             loss = self.loss(**self.model(self.image, self.tokens))
         loss.backward()
         self.optimizer.step()
