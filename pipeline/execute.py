@@ -23,6 +23,7 @@ from pipeline.core.config import Resources
 from pipeline.core.engine import Engine, post
 from pipeline.core.errors import StepError, WinnowError, one_line
 from pipeline.core.passes import Passes, timed
+from pipeline.core.training_metrics import METRICS_FILE
 from pipeline.runs import Outcome
 from pipeline.states import Status
 from pipeline.steps import Plan, Step, Training, reference_role, references_of
@@ -32,7 +33,6 @@ from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.selection import choose, gallery, shares, train_set
 from stages.stage_worker import Reference, StageJob, StageWorker, fit, fit_path
-from training.metrics import METRICS_FILE
 
 POLL_S = 0.25
 

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import trackers
 from pipeline.core import log, storage
 from pipeline.core.errors import one_line
-from training.metrics import METRICS_FILE
+from pipeline.core.training_metrics import METRICS_FILE
 
 LOOK_EVERY_S = 1.0
 READ_EVERY_S = 10.0  # the metrics, which are written about as often

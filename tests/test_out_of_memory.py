@@ -31,9 +31,9 @@ def test_out_of_memory_is_one_line_with_the_ways_out(tmp_path):
         train(path, place, recipe(), seeds, report=allocate_a_petabyte)
     assert str(caught.value).startswith(
         f"{place}: out of memory on cpu with 8 pairs a forward pass, expected cluster.train.batch_size <= 4 or"
-        " grad_checkpointing: true in the recipe (neither changes the result): "
+        " grad_checkpointing: true in the recipe (the same result but for rounding, patch dropout and batch statistics): "
     )
-    with pytest.raises(WinnowError, match=r"with 2 pairs .*batch_size <= 1 \(neither .* 2\.00 GiB\. GPU 0"):
+    with pytest.raises(WinnowError, match=r"with 2 pairs .*batch_size <= 1 \(the same .* 2\.00 GiB\. GPU 0"):
         train(path, place, recipe(grad_checkpointing=True), seeds, batch_size=2, report=fail_as_cuda_does)
     with pytest.raises(WinnowError, match=r"with 1 pairs a forward pass, expected a smaller model: "):
         train(path, place, recipe(grad_checkpointing=True), seeds, batch_size=1, report=fail_as_cuda_does)

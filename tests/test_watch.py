@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional
 
 from eval.retrieval import retrieval_ranks
-from pipeline.core import clip_model, images, pool, storage
+from pipeline.core import clip_model, images, pool, storage, training_metrics
 from pipeline.core.errors import WinnowError
 from tests.pool_fixture import drawing, write_pool
 from tests.training_fixture import MODEL, on_ranks, recipe, train_rank, write_train_set
-from training import checkpoint, flops, metrics, probe, watch
+from training import checkpoint, flops, probe, watch
 from training.ledger import Ledger
 from training.loop import train
 from training.loss import Features, contrastive_loss
@@ -466,12 +466,14 @@ def test_warning_of_fewer_pairs_than_candidates():
 
 def test_last_values_are_those_of_whole_batches():
     found = [{"loss": float(step), "chance_loss": 4.0} for step in range(30)]
-    assert metrics.last_mean(found, "loss") == 28
-    assert metrics.last_mean([*found, {"loss": 0.1, "chance_loss": 3.0}], "loss") == 28
-    assert metrics.last_mean([*found[:-1], {"loss": None, "chance_loss": 4.0}], "loss") == 27.5
-    assert metrics.last_mean([{"loss": 0.1, "chance_loss": 3.0}], "loss") == 0.1  # the only batch is a small one
-    assert metrics.last_mean([{"loss": 2.0}], "loss") == 2
-    assert metrics.last_mean(found, "lr") is metrics.last_mean([], "loss") is None
+    assert training_metrics.last_mean(found, "loss") == 28
+    assert training_metrics.last_mean([*found, {"loss": 0.1, "chance_loss": 3.0}], "loss") == 28
+    assert training_metrics.last_mean([*found[:-1], {"loss": None, "chance_loss": 4.0}], "loss") == 27.5
+    assert (
+        training_metrics.last_mean([{"loss": 0.1, "chance_loss": 3.0}], "loss") == 0.1
+    )  # the only batch is a small one
+    assert training_metrics.last_mean([{"loss": 2.0}], "loss") == 2
+    assert training_metrics.last_mean(found, "lr") is training_metrics.last_mean([], "loss") is None
 
 
 def line_at(step, **own):

@@ -33,8 +33,8 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from pipeline.core import storage  # noqa: E402
 from pipeline.core.errors import WinnowError, one_line  # noqa: E402
+from pipeline.core.training_metrics import METRICS_FILE  # noqa: E402
 from training.ledger import LEDGER_FILE, Ledger  # noqa: E402
-from training.metrics import METRICS_FILE  # noqa: E402
 from training.train_set import index_digest, pairs  # noqa: E402
 
 

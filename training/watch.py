@@ -22,11 +22,11 @@ from torch.nn import functional
 from pipeline.core import log, storage
 from pipeline.core.clip_model import Clip
 from pipeline.core.errors import one_line
+from pipeline.core.training_metrics import METRICS_FILE, last_mean
 from training import checkpoint, probe
 from training.data import Batch
 from training.flops import PairFlops, peak_tflop_per_s
 from training.loss import MAX_LOGIT_SCALE, Features
-from training.metrics import METRICS_FILE, last_mean
 from training.recipe import Recipe
 from training.step import Step
 from training.train_set import TrainSet

@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 from pipeline.core import storage
 from pipeline.core.artifact import read_record
 from pipeline.core.errors import WinnowError, one_line
+from pipeline.core.training_metrics import METRICS_FILE
 from pipeline.report.uncertainty import influence_of_items
-from training.metrics import METRICS_FILE
 
 # Labels of strategies that are shown and compete with nobody: one reads planted truth, the other is no choice from the
 # pool but a whole reference.

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core import training_metrics
 from pipeline.report.leaderboard import Estimate, Leaderboard, number, percent
 from pipeline.report.records import Training
-from training import metrics
 
 BUDGETS = "Average over all tasks of trainings with different budgets, each with a schedule of its own."
 DID = (
@@ -72,11 +72,13 @@ def chance_loss(board: Leaderboard) -> tuple[float, str] | None:
     """(loss of a model that guesses, what it is called) with the whole batch; None where no line has it."""
     lines = [line for training in board.run.trainings for line in training.curve]
     chance = max(
-        (loss for line in lines if (loss := metrics.finite(line.get("chance_loss"))) is not None), default=None
+        (loss for line in lines if (loss := training_metrics.finite(line.get("chance_loss"))) is not None), default=None
     )
     if chance is None:
         return None
-    ln_batch = max((ln for line in lines if (ln := metrics.finite(line.get("ln_batch"))) is not None), default=None)
+    ln_batch = max(
+        (ln for line in lines if (ln := training_metrics.finite(line.get("ln_batch"))) is not None), default=None
+    )
     return chance, f"{chance:.2f}" if ln_batch is None else f"ln({math.exp(ln_batch):.0f}) = {chance:.2f}"
 
 
@@ -95,7 +97,7 @@ def _did(strategy: str, trainings: Sequence[Training]) -> Did:
         return sum(known) / len(known) if known else None
 
     def fact(name: str) -> float | None:
-        return mean([metrics.finite(training.facts.get(name)) for training in trainings])
+        return mean([training_metrics.finite(training.facts.get(name)) for training in trainings])
 
     uids, seen = fact("unique_uids"), fact("samples_seen")
     return Did(
@@ -103,8 +105,8 @@ def _did(strategy: str, trainings: Sequence[Training]) -> Did:
         uids,
         seen / uids if uids and seen else None,
         fact("max_repeats"),
-        mean([metrics.last_mean(training.curve, LOSS) for training in trainings]),
-        mean([metrics.last_mean(training.curve, BOUND) for training in trainings]),
+        mean([training_metrics.last_mean(training.curve, LOSS) for training in trainings]),
+        mean([training_metrics.last_mean(training.curve, BOUND) for training in trainings]),
         fact(TRAIN_RECALL),
         fact(HELD_OUT_RECALL),
         fact("samples_per_s"),
@@ -180,8 +182,10 @@ def _text(value: float | None, form: str, missing: str = "-") -> str:
 
 def _points(training: Training, key: str) -> list[tuple[float, float]]:
     """(samples seen, value) of each line that has it; losses only of whole batches."""
-    lines = metrics.whole_batches(training.curve) if key == LOSS else training.curve
-    pairs = [(metrics.finite(line.get("samples_seen")), metrics.finite(line.get(key))) for line in lines]
+    lines = training_metrics.whole_batches(training.curve) if key == LOSS else training.curve
+    pairs = [
+        (training_metrics.finite(line.get("samples_seen")), training_metrics.finite(line.get(key))) for line in lines
+    ]
     return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 

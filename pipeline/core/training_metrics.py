@@ -1,6 +1,6 @@
 """metrics.jsonl as all read it: its name, and which of its lines tell how a training ended. No torch.
 
-docs/training.md explains the lines, watch.py writes them.
+docs/training.md explains the lines, training/watch.py writes them.
 """
 
 from __future__ import annotations
