@@ -15,6 +15,8 @@ The ranks of a distributed training all call train() with a process group set up
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +27,7 @@ from torch import distributed
 
 from pipeline.core import artifact, clip_model, log, storage
 from pipeline.core.errors import ConfigError, WinnowError
-from training import checkpoint, vocabulary, watch
+from training import checkpoint, probe, sharding, vocabulary, watch
 from training import recipe as recipes
 from training.data import Batch, Loader
 from training.ledger import LEDGER_FILE, Ledger
@@ -104,11 +106,15 @@ def train(
         threads=threads,
         pin_memory=device.startswith("cuda"),
     )
+    # Sharded, the model that trains is on no rank: what is measured and kept is a copy of it that rank 0 has.
+    is_sharded = recipe.shard_parameters and world_size > 1
+    kept = dataclasses.replace(clip, model=copy.deepcopy(model)) if is_sharded and rank == 0 else clip
     # fp16 skips steps whose gradients overflow, decay included: there the rows left out would not be known.
     used, full_table = None, None
     if vocabulary.can_shrink(model) and recipe.precision != "fp16" and (used := loader.compact_tokens()) is not None:
         full_table = vocabulary.shrink(model, used)
     model.to(device)
+    kept.model.to(device)
     learner = Learner(
         model, recipe, seeds.order, device=device, rank=rank, world_size=world_size, batch_size=batch_size
     )
@@ -143,6 +149,9 @@ def train(
     @contextlib.contextmanager
     def kept_weights(done: int) -> Iterator[None]:
         """The model has what is kept of it after `done` steps: its moving average, the whole token table."""
+        if is_sharded:  # copy_to_rank_0() saw to it
+            yield
+            return
         with contextlib.ExitStack() as both:
             both.enter_context(learner.averaged())
             if used is not None:
@@ -150,32 +159,44 @@ def train(
                 both.enter_context(vocabulary.whole(model, used, full_table, factor))
             yield
 
+    def copy_to_rank_0(done: int) -> None:
+        """The copy has what kept_weights() promises. All ranks call it together."""
+        weights = learner.full_weights()
+        if rank == 0:
+            if used is not None:
+                factor = vocabulary.unused_factor(recipe, done)
+                table = weights[vocabulary.TABLE]
+                weights[vocabulary.TABLE] = vocabulary.restored(table, used, full_table, factor)
+            kept.model.load_state_dict(weights)
+
     def keep_model(done: int) -> None:
         """Writes the model after `done` steps."""
         last = done == recipe.num_steps
         name = MODEL_FOLDER if last else f"{MODEL_FOLDER}_{done * recipe.global_batch_size}"
         place = storage.join(out_path, name)
         with kept_weights(done), checkpoint.written(place):
-            if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            if not all(tensor.isfinite().all() for tensor in kept.model.state_dict().values()):
                 raise WinnowError(f"{place}: weights after step {done} that are not finite, expected numbers: lower lr")
-            clip_model.save(model, architecture, place)
+            clip_model.save(kept.model, architecture, place)
 
     watcher = None
     if rank == 0:
         watcher = watch.Watch(
             out_path,
             recipe,
-            clip,
+            kept,
             train_set,
             held_out_path,
             device=device,
             threads=threads,
             batch_size=batch_size,
             kept_weights=kept_weights,
+            logit_scale=model.logit_scale,
             first_step=first_step,
             state=watched,
         )
     line_steps = watch.line_steps(recipe)
+    copied_steps = probe.steps(recipe) | set(recipe.kept_steps) if is_sharded else set()
     saved_s = time.monotonic()
     batches = loader.batches(first_step)
     for step in range(first_step, recipe.num_steps):
@@ -188,6 +209,8 @@ def train(
         taken = learner.take_step(batch, want_norm=is_line)
         if watcher is not None:
             watcher.note(batch, wait_s)
+        if done in copied_steps:
+            copy_to_rank_0(done)
 
         if is_line:
             loss = taken.loss
@@ -207,15 +230,22 @@ def train(
 
         if rank == 0 and done in recipe.kept_steps:
             keep_model(done)
-        is_due = checkpoint_every_steps is not None and done % checkpoint_every_steps == 0
-        is_due = is_due or time.monotonic() - saved_s > checkpoint_every_s
+        is_asked = checkpoint_every_steps is not None and done % checkpoint_every_steps == 0
+        can_save = not is_sharded or is_line or is_asked  # sharded, all ranks take part and ask rank 0 now and then
+        is_due = rank == 0 and can_save and (is_asked or time.monotonic() - saved_s > checkpoint_every_s)
         # A loss that is not a number ends the training at the next line: until then the states are those before it.
-        if rank == 0 and done < recipe.num_steps and is_due and math.isfinite(taken.loss.item()):
-            counted = watcher.state()  # before the state is written: lines up to its step are never lost
-            state = {"identity": identity, "step": done, "watch": counted, "spent": spent(), **learner.state()}
-            checkpoint.save(out_path, done, state)
-            del state
-            saved_s = time.monotonic()
+        is_due = is_due and done < recipe.num_steps and math.isfinite(taken.loss.item())
+        if is_sharded and can_save:
+            is_due = sharding.said_by_rank_0(is_due, device)
+        if is_due:
+            of_learner = learner.state()
+            if rank == 0:
+                counted = watcher.state()  # before the state is written: lines up to its step are never lost
+                state = {"identity": identity, "step": done, "watch": counted, "spent": spent(), **of_learner}
+                checkpoint.save(out_path, done, state)
+                del state
+                saved_s = time.monotonic()
+            del of_learner
     batches.close()
 
     facts: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from pipeline.core.errors import ConfigError, WinnowError, one_line
 
 VERSION = 2  # bump when the same recipe, train set and seeds give other weights
 
-NOT_IDENTITY = {"grad_checkpointing"}  # trades time for memory: the same operations, the same values
+NOT_IDENTITY = {"grad_checkpointing", "shard_parameters"}  # trade time for memory: the same values
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Recipe(config.Model):
     chunk_size: int = Field(32, ge=1)  # consecutive samples of the train set that stay together: see ledger.py
     compile: bool = False  # torch.compile: other rounding
     grad_checkpointing: bool = False
+    shard_parameters: bool = False  # several workers split weights, gradients and moments, whole on each otherwise
 
     @field_validator("crop_scale")
     @classmethod
@@ -76,6 +77,10 @@ class Recipe(config.Model):
             )
         if self.num_checkpoints > self.num_steps:
             raise ValueError(f"num_checkpoints = {self.num_checkpoints}, expected at most its {self.num_steps} steps")
+        if self.shard_parameters and self.precision == "fp16":  # torch's loss scaler can't take split gradients
+            raise ValueError("shard_parameters = true with precision = fp16, expected bf16 or fp32")
+        if self.shard_parameters and self.compile:
+            raise ValueError("shard_parameters = true with compile = true, expected one of them")
         return self
 
     @property

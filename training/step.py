@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core import clip_model, log
 from pipeline.core.errors import WinnowError, one_line
+from training import sharding
 from training.data import Batch
 from training.ledger import random_bits
 from training.loss import Features, clamp_logit_scale, contrastive_loss
@@ -52,6 +53,8 @@ class TwoTowers(torch.nn.Module):
         image_BD = self.model.encode_image(pixels_B3SS, normalize=True)
         text_BD = clip_model.encode_text(self.model, tokens_BT, groups)
         logit_scale, logit_bias = self.model.logit_scale.exp(), getattr(self.model, "logit_bias", None)
+        if logit_bias is not None:
+            logit_bias = logit_bias.clone()  # not the parameter itself: FSDP hangs a hook on each output of each pass
         return Features(_at_least_float32(image_BD), _at_least_float32(text_BD), logit_scale, logit_bias)
 
 
@@ -121,13 +124,15 @@ class Learner:
         self.model, self.recipe = model, recipe
         self._order_seed, self._rank, self._batch_size = order_seed, rank, batch_size
         self._device, self._kind = device, torch.device(device).type
-        self.optimizer = make_optimizer(model, recipe)
+        self._is_sharded = recipe.shard_parameters and world_size > 1
         self._scaler = torch.amp.GradScaler(self._kind, enabled=recipe.precision == "fp16")
         self._bare = TwoTowers(model).to(device)
         if recipe.compile:
             self._bare.compile()
         self._towers: torch.nn.Module = self._bare
-        if world_size > 1:
+        if self._is_sharded:
+            sharding.shard(self._bare, device)
+        elif world_size > 1:
             with warnings.catch_warnings():  # newer torch has another word for broadcast_buffers, which ours may lack
                 warnings.simplefilter("ignore", FutureWarning)
                 self._towers = torch.nn.parallel.DistributedDataParallel(
@@ -136,6 +141,7 @@ class Learner:
                     broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                 )
+        self.optimizer = make_optimizer(model, recipe)
         self._average: list[torch.Tensor] | None = None
         if recipe.ema_decay is not None:
             self._average = [value.clone() for value in self._averaged_values()]
@@ -162,12 +168,15 @@ class Learner:
             loss = self._loss(features, batch)
             self._scaler.scale(loss).backward()
         else:
-            loss, features = self._cached_gradients(batch, min(num_parts, len(batch.image_BSS3)))
+            loss, features = self._cached_gradients(_filled(batch, num_parts), num_parts)
+        if self._is_sharded:
+            sharding.average_scalars(self.model)
         norm = None
         if want_norm or self.recipe.grad_clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             parameters = list(self.model.parameters())
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm = sharding.gathered(norm)
             if self.recipe.grad_clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.grad_clip_norm, norm)
         self._scaler.step(self.optimizer)
@@ -175,7 +184,7 @@ class Learner:
         clamp_logit_scale(self.model)
         if self._average is not None:
             decay = average_decay(self.recipe, batch.step)
-            torch._foreach_lerp_(self._average, self._averaged_values(), 1 - decay)
+            torch._foreach_lerp_(sharding.local(self._average), sharding.local(self._averaged_values()), 1 - decay)
         return Step(loss.detach(), norm, _detached(features))
 
     def _loss(self, features: Features, batch: Batch) -> torch.Tensor:
@@ -225,8 +234,7 @@ class Learner:
         self._scaler.scale(loss).backward()
         for rows in parts:
             is_last = rows is parts[-1]
-            alone = contextlib.nullcontext() if is_last or self._towers is self._bare else self._towers.no_sync()
-            with alone:
+            with contextlib.nullcontext() if is_last else self._no_sync():
                 part = self._forward(self._towers, batch, rows)
                 towards = (part.image_nD * features.image_nD.grad[rows]).sum()
                 towards = towards + (part.text_nD * features.text_nD.grad[rows]).sum()
@@ -237,15 +245,21 @@ class Learner:
                 towards.backward()
         return loss, features
 
+    def _no_sync(self) -> contextlib.AbstractContextManager:
+        """A block in which backward passes leave the ranks' gradients apart, to be added up by the next one after."""
+        if self._is_sharded:
+            return sharding.no_sync(self._towers)
+        return contextlib.nullcontext() if self._towers is self._bare else self._towers.no_sync()
+
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The model has its moving average as weights meanwhile, where the recipe asks for one."""
         if self._average is None:
             yield
             return
-        values = self._averaged_values()
+        values = sharding.local(self._averaged_values())
         own = [value.clone() for value in values]
-        torch._foreach_copy_(values, self._average)
+        torch._foreach_copy_(values, sharding.local(self._average))
         try:
             yield
         finally:
@@ -255,22 +269,42 @@ class Learner:
         """The weights and, where the model normalises over batches, its running statistics."""
         return [value for value in self.model.state_dict().values() if value.is_floating_point()]
 
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """On rank 0 all weights on the CPU, the moving average where there is one. All ranks call it together."""
+        with self.averaged():
+            return sharding.on_rank_0(dict(self.model.state_dict()), self._rank)
+
     def state(self) -> dict[str, Any]:
-        """Everything that later steps depend on, as tensors and plain containers."""
-        return {
+        """Everything that later steps depend on, as tensors and plain containers, for any number of ranks.
+
+        Where parameters are sharded all ranks call it together, and only rank 0's has the tensors.
+        """
+        state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "average": self._average,
         }
+        return sharding.on_rank_0(state, self._rank) if self._is_sharded else state
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """None; goes on where a state() was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """None; goes on where a state() was taken, sharded or not."""
+        own = self.model.state_dict()
+        self.model.load_state_dict(
+            {name: sharding.part_like(value, own[name]) for name, value in state["model"].items()}
+        )
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            place: {name: sharding.part_like(value, parameters[place]) for name, value in values.items()}
+            for place, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self._scaler.load_state_dict(state["scaler"])
         if self._average is not None:
-            torch._foreach_copy_(self._average, state["average"])
+            parts = [
+                sharding.part_like(value, mine) for value, mine in zip(state["average"], self._average, strict=True)
+            ]
+            torch._foreach_copy_(sharding.local(self._average), sharding.local(parts))
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
@@ -279,3 +313,12 @@ def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
 
 def _detached(features: Features) -> Features:
     return Features(*(None if value is None else value.detach() for value in features))
+
+
+def _filled(batch: Batch, num_pairs: int) -> Batch:
+    """The batch with its last pair again until there are so many, so that all ranks take as many forward passes."""
+    if len(batch.image_BSS3) >= num_pairs:
+        return batch
+    rows = torch.arange(num_pairs).clamp(max=len(batch.image_BSS3) - 1)
+    image_BSS3, tokens_BT = (values[rows.to(values.device)] for values in (batch.image_BSS3, batch.tokens_BT))
+    return batch._replace(image_BSS3=image_BSS3, tokens_BT=tokens_BT, lengths_B=batch.lengths_B[rows])

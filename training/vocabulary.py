@@ -21,6 +21,8 @@ from pipeline.core import clip_model
 from training.recipe import Recipe
 from training.step import average_decay, learning_rate
 
+TABLE = "token_embedding.weight"  # among the weights of a model that can shrink
+
 
 def can_shrink(model: Any) -> bool:
     """True for CLIP's own text tower, which uses the table for nothing but looking up tokens."""

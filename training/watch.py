@@ -61,9 +61,10 @@ class Watch:
     """Rank 0's view of a training: note() after every step, line() now and then, facts() at the end.
 
     Args:
-        clip: its model on its device, in training.
+        clip: its model on its device, in training; where parameters are sharded, a copy of it.
         held_out_path, threads, batch_size: see probe.Probe.
         kept_weights: a block in which the model after so many steps has the weights that would be kept of it.
+        logit_scale: the parameter that is trained.
         first_step, state: where the training goes on, and what state() gave there; None at the start.
     """
 
@@ -79,10 +80,11 @@ class Watch:
         threads: int,
         batch_size: int | None,
         kept_weights: Callable[[int], contextlib.AbstractContextManager],
+        logit_scale: torch.Tensor,
         first_step: int,
         state: Mapping[str, Any] | None,
     ):
-        self._recipe, self._model, self._kept_weights = recipe, clip.model, kept_weights
+        self._recipe, self._logit_scale, self._kept_weights = recipe, logit_scale, kept_weights
         entries = probe.first_entries(train_set)
         self._num_pairs = len(entries)
         self._probe = probe.Probe(
@@ -112,7 +114,7 @@ class Watch:
         self._num_samples += sum(batch.part_sizes)
         self._num_own += batch.part_sizes[0]
         self._wait_s += wait_s
-        scale = self._model.logit_scale.detach()
+        scale = self._logit_scale.detach()
         self._clamp_hits += ((scale <= 0) | (scale >= MAX_LOGIT_SCALE)).any()
 
     def line(self, batch: Batch, taken: Step, loss: float, lr: float) -> dict[str, Any]:
