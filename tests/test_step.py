@@ -296,7 +296,7 @@ def test_learning_rate():
 
 
 def test_captions_in_groups_of_like_length_give_the_same_gradients(monkeypatch):
-    """Seven captions of 4 to 9 tokens in four groups, beside all of them as long as the longest."""
+    """Seven captions of 4 to 9 tokens in four groups, images one by one, beside all at once."""
     at_once = take_steps(make_learner({}), [make_batch()])
     monkeypatch.setattr(optimizer_step, "GROUP_PAIRS", 1)
     grouped = make_learner({})
