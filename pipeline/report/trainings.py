@@ -70,16 +70,16 @@ def curves(board: Leaderboard, key: str) -> list[Curve]:
 
 def chance_loss(board: Leaderboard) -> tuple[float, str] | None:
     """(loss of a model that guesses, what it is called) with the whole batch; None where no line has it."""
-    lines = [line for training in board.run.trainings for line in training.curve]
-    chance = max(
-        (loss for line in lines if (loss := training_metrics.finite(line.get("chance_loss"))) is not None), default=None
-    )
+    chance, ln_batch = (_most(board, name) for name in ("chance_loss", "ln_batch"))
     if chance is None:
         return None
-    ln_batch = max(
-        (ln for line in lines if (ln := training_metrics.finite(line.get("ln_batch"))) is not None), default=None
-    )
     return chance, f"{chance:.2f}" if ln_batch is None else f"ln({math.exp(ln_batch):.0f}) = {chance:.2f}"
+
+
+def _most(board: Leaderboard, name: str) -> float | None:
+    """The largest of a value over all lines; None where no line has it."""
+    values = (training_metrics.finite(line.get(name)) for training in board.run.trainings for line in training.curve)
+    return max((value for value in values if value is not None), default=None)
 
 
 def what_they_did(board: Leaderboard) -> list[Did]:
