@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from eval import tasks as eval_tasks  # noqa: E402
-from eval.evaluate import evaluate  # noqa: E402
+from eval.evaluate import Checkpoint, evaluate  # noqa: E402
 from pipeline.core import clip_model, images, storage  # noqa: E402
 from pipeline.core.errors import ImageError  # noqa: E402
 from pipeline.core.tars import TarWriter  # noqa: E402
@@ -289,7 +289,7 @@ def train_and_score(training: Training, samples_seen: int, folder: str) -> tuple
     model_folder = storage.join(out_path, loop.MODEL_FOLDER)
     tasks = eval_tasks.resolve_tasks(TRAIN_SETS[training.train_set], f"{folder}/tasks")
     places = [storage.join(out_path, task.name) for task in tasks]
-    found = list(evaluate({"folder": model_folder}, tasks, places, model="demo", pretrained="demo"))
+    found = list(evaluate([Checkpoint({"folder": model_folder}, "demo", "demo")], tasks, [places]))
     score = statistics.mean(evaluated.facts["value"] for evaluated in found)
     logit_of = model_logits(model_folder, held_out_pairs(training.train_set))
     bound = statistics.mean(measured_bounds(logit_of, WATCHED_PAIRS, RECIPES["demo"].global_batch_size))

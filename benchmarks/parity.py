@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import open_clip_train as beside  # noqa: E402
-from eval.evaluate import evaluate  # noqa: E402
+from eval.evaluate import Checkpoint, evaluate  # noqa: E402
 from eval.tasks import TaskData, resolve_tasks  # noqa: E402
 from pipeline.core.errors import WinnowError  # noqa: E402
 from pipeline.report.uncertainty import half_width, two_sided_p  # noqa: E402
@@ -43,7 +43,7 @@ def scores(source: dict, tasks: list[TaskData], folder: str) -> dict[str, float]
     """{task: its main metric} of a trained model."""
     outs = [os.path.join(folder, "results", data.name) for data in tasks]
     found = {}
-    for done in evaluate(source, tasks, outs, model="demo", pretrained="parity"):
+    for done in evaluate([Checkpoint(source, "demo", "parity")], tasks, [outs]):
         if done.facts is None:
             raise WinnowError(f"{done.data.name}: {done.error}")
         found[done.data.name] = done.facts["value"]

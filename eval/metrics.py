@@ -5,7 +5,7 @@ Legend: N images, K predictions of each (best first), Q queries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,3 +64,25 @@ def recall(rank_Q: np.ndarray, k: int) -> float:
         rank_Q: int, how many items stand before the query's best positive.
     """
     return float((np.asarray(rank_Q) < k).mean())
+
+
+def retrieval_chance(captions_I: Sequence[int]) -> dict[str, float]:
+    """What guessing reaches of retrieval_metrics: their expectation when every ranking is drawn at random, each 0..1.
+
+    A text finds its image among the first k of I with probability k / I; an image one of its c texts among the first
+    k of T with 1 - C(T - c, k) / C(T, k).
+
+    Args:
+        captions_I: how many texts each image has.
+    """
+    num_images, num_texts = len(captions_I), int(np.sum(captions_I))
+    metrics: dict[str, float] = {}
+    for k in RECALL_AT:
+        image = min(1.0, k / num_images)
+        missed_I = np.ones(num_images)
+        for step in range(min(k, num_texts)):
+            missed_I *= np.maximum(num_texts - np.asarray(captions_I) - step, 0) / (num_texts - step)
+        text = float(1 - missed_I.mean())
+        metrics |= {f"image_retrieval_recall@{k}": image, f"text_retrieval_recall@{k}": text}
+        metrics[f"mean_recall@{k}"] = (image + text) / 2
+    return metrics

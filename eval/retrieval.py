@@ -9,35 +9,9 @@ Shapes: I images, T texts, U distinct texts, D embedding width, Q queries, N ite
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from pipeline.core import clip_model
-from pipeline.core.clip_model import Clip
-
 CHUNK_SCORES = 1 << 22  # scores held at once: 16 MB in float32, and masks of the same shape
-
-
-@torch.no_grad()
-def encode_texts(clip: Clip, texts: Sequence[str], batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[U, D] float32 features of the distinct texts and [T] int64, which of them each text is; on the model's device.
-
-    Equal captions get one feature, so that they tie exactly whatever batch they came in.
-    """
-    distinct = list(dict.fromkeys(texts))
-    number = {text: index for index, text in enumerate(distinct)}
-    # Texts of like length share a batch, which is cut to its longest.
-    order = sorted(range(len(distinct)), key=lambda index: len(distinct[index]))
-    features = []
-    for start in range(0, len(order), batch_size):
-        tokens_BT = clip.tokenizer([distinct[index] for index in order[start : start + batch_size]])
-        tokens_BT = clip_model.trim(clip.model, tokens_BT).to(clip.device)
-        features.append(clip_model.encode_text(clip.model, tokens_BT))
-    sorted_UD = torch.cat(features)
-    text_UD = torch.empty_like(sorted_UD)
-    text_UD[torch.tensor(order, device=clip.device)] = sorted_UD
-    return text_UD, torch.tensor([number[text] for text in texts], device=clip.device)
 
 
 @torch.no_grad()

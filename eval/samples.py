@@ -1,89 +1,123 @@
-"""The samples of a task: read from its tars, decoded, cropped, and kept for the next checkpoint of the same run.
+"""The samples of a task: read from its tars, decoded and cropped; or their pixels as an earlier step stored them.
 
 Nothing is passed over: a sample without an image or a label, an image that does not decode and a tar that ends too
 early are errors, since scores on an evaluation set with holes do not compare. Images become RGB before the resize and
 EXIF orientation is ignored, as in CLIP_benchmark.
 
-What is kept is the cropped image in uint8; scaling and normalisation follow on the model's device. Most of the time of
-evaluating a small model goes into decoding, and all checkpoints of a run see the same pixels.
+Pixels are the cropped image in uint8; scaling and normalisation follow on the model's device. Most of the time of
+evaluating a small model goes into decoding, so a run decodes each set once, for all its checkpoints: `store_pixels`
+writes two files a tar, which `read_batches` then reads in place of it.
 
-Shapes: B images of a batch, C channels, H and W pixels.
+    test/0.npy       uint8 [N, C, H, W]
+    test/0.parquet   item='0/s0000000' target='3' (JSON)
+
+A target is a label, a list of captions, or what the numbers of a .npy say: {"label": 3, "region": 2}.
+
+Shapes: N images of a tar, B of a batch, C channels, H and W pixels.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
+import json
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torchvision.transforms import Normalize
 
-from eval.tasks import CLASSIFICATION, TaskData, task_digest
+from eval import folders, groups
+from eval.tasks import FACE_COLUMNS, FACES, RETRIEVAL, TaskData, listed_images
 from pipeline.core import clip_model, storage
-from pipeline.core.artifact import canonical_json
 from pipeline.core.clip_model import Clip
 from pipeline.core.errors import ImageError, WinnowError
 from pipeline.core.images import decode_rgb
 from pipeline.core.tars import TarEnd, read_members
 
 IMAGE_SUFFIXES = ("webp", "png", "jpg", "jpeg")  # of several in one sample the first counts
-CACHE_BYTES = 512 << 20  # per process
+PREPROCESS_FILE = "preprocess.json"
+STORED_BATCH = 64  # images that a thread decodes at a time for store_pixels
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive samples: `items` are `shard/key`, `pixels` [B, C, H, W] uint8, `targets` labels or caption lists."""
+    """Consecutive samples: `items` are `shard/key`, `pixels` [B, C, H, W] uint8, `targets` are JSON values.
+
+    `seconds` is what its thread took to make it.
+    """
 
     items: list[str]
     pixels: torch.Tensor
     targets: list[Any]
-
-
-class Cache:
-    """Batches of whole sets, up to `max_bytes`. What came first stays: tasks are gone through in the same order for
-    every checkpoint, and dropping the oldest would then drop each set just before it is wanted."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self.used_bytes = 0
-        self.sets: dict[tuple, list[Batch]] = {}
-
-    def keep(self, key: tuple, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the set is kept once they have all been read, if there is room for it."""
-        kept: list[Batch] | None = []
-        size_bytes = 0
-        for batch in batches:
-            if kept is not None:
-                size_bytes += batch.pixels.nbytes
-                kept.append(batch)
-                if self.used_bytes + size_bytes > self.max_bytes:
-                    kept = None
-            yield batch
-        if kept is not None:
-            self.sets[key] = kept
-            self.used_bytes += size_bytes
-
-
-CACHE = Cache(CACHE_BYTES)
+    seconds: float = 0.0
 
 
 def read_batches(
-    data: TaskData, clip: Clip, batch_size: int, threads: int = 1, cache: Cache = CACHE
-) -> Iterator[Batch]:
-    """All samples in the order of the tars, as pixels for this model; from the cache where an earlier call filled it.
+    data: TaskData,
+    preprocess: Mapping[str, Any],
+    batch_size: int,
+    threads: int = 1,
+    pixels_path: str | None = None,
+    then: Callable[[Batch], Any] | None = None,
+) -> Iterator[Any]:
+    """All samples in the order of the tars: a Batch each time, or what `then` makes of it.
+
+    Each of the threads decodes a batch of its own and calls `then` with it, so that decoding and a model's forward
+    passes share the cores without waiting for each other; this thread reads the tars.
+
+    Args:
+        preprocess: clip_model.preprocess_config of the model that they are for.
+        pixels_path: a folder of store_pixels with the whole set; its pixels are used where they are for this
+            preprocessing, else the tars are decoded.
+        then: is called in any thread.
 
     Raises:
         WinnowError: naming task, shard and sample, for anything that can't be used.
     """
-    key = (data.digest or task_digest(data), batch_size, canonical_json(clip_model.preprocess_config(clip.model)))
-    if key in cache.sets:
-        return iter(cache.sets[key])
-    return cache.keep(key, _decoded(data, _to_pixels(clip), batch_size, threads))
+    if pixels_path is not None and storage.read_json(storage.join(pixels_path, PREPROCESS_FILE)) == shape_of(
+        preprocess
+    ):
+        made = _stored(data, batch_size, pixels_path)
+    else:
+        made = _decoded(data, data.shards, preprocess, batch_size)
+    return _in_threads(made, threads, then)
+
+
+def store_pixels(
+    data: TaskData, shard: str, preprocess: Mapping[str, Any], out_path: str, threads: int = 1
+) -> dict[str, int]:
+    """Facts {images, bytes} of one tar; its two files are there, and preprocess.json, which all tars share.
+
+    Args:
+        shard: one of the task's shards.
+    """
+    batches: list[Batch] = list(_in_threads(_decoded(data, (shard,), preprocess, STORED_BATCH), threads))
+    pixel_NCHW = np.concatenate([batch.pixels.numpy() for batch in batches] or [np.empty(0, np.uint8)])
+    stem = storage.join(out_path, shard.removesuffix(".tar"))
+    with storage.write_file(f"{stem}.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, pixel_NCHW)
+    table = {
+        "item": [item for batch in batches for item in batch.items],
+        "target": [json.dumps(target, ensure_ascii=False) for batch in batches for target in batch.targets],
+    }
+    with storage.write_file(f"{stem}.parquet") as temporary:
+        pq.write_table(pa.table(table, pa.schema([("item", pa.string()), ("target", pa.string())])), temporary)
+    storage.write_json(storage.join(out_path, PREPROCESS_FILE), shape_of(preprocess))
+    return {"images": len(pixel_NCHW), "bytes": pixel_NCHW.nbytes}
+
+
+def shape_of(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a preprocessing that decides pixels: all but how they are normalised. Values as JSON has them."""
+    return json.loads(json.dumps({key: value for key, value in preprocess.items() if key not in ("mean", "std")}))
 
 
 def model_input(clip: Clip, pixel_BCHW: torch.Tensor) -> torch.Tensor:
@@ -92,9 +126,54 @@ def model_input(clip: Clip, pixel_BCHW: torch.Tensor) -> torch.Tensor:
     return normalize(pixel_BCHW.to(clip.device).to(torch.float32).div_(255))
 
 
-def _to_pixels(clip: Clip) -> Callable[[bytes], torch.Tensor]:
+def _in_threads(
+    made: Iterator[Callable[[], Batch]], threads: int, then: Callable[[Batch], Any] | None = None
+) -> Iterator[Any]:
+    """What `then` makes of each batch, in order. At most 2 x threads are held."""
+
+    def work(make: Callable[[], Batch]) -> Any:
+        start_s = time.perf_counter()
+        batch = make()
+        batch = replace(batch, seconds=time.perf_counter() - start_s)
+        return then(batch) if then else batch
+
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for make in made:
+                waiting.append(pool.submit(work, make))
+                if len(waiting) == 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _stored(data: TaskData, batch_size: int, pixels_path: str) -> Iterator[Callable[[], Batch]]:
+    for shard in data.shards:
+        stem = storage.join(pixels_path, shard.removesuffix(".tar"))
+        table = pq.read_table(io.BytesIO(storage.read_bytes(f"{stem}.parquet")))
+        items, targets = table["item"].to_pylist(), table["target"].to_pylist()
+        with storage.open_read(f"{stem}.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size_bytes = int(np.prod(shape[1:]))
+            for start in range(0, shape[0], batch_size):
+                num = min(batch_size, shape[0] - start)
+                block = bytearray(file.read(num * size_bytes))
+                if len(block) != num * size_bytes or dtype != np.uint8:
+                    raise WinnowError(f"task {data.name}: {stem}.npy is cut off, expected {shape[0]} images")
+                pixels = torch.frombuffer(block, dtype=torch.uint8).reshape(num, *shape[1:])
+                end = start + num
+                found = [json.loads(target) for target in targets[start:end]]
+                yield functools.partial(Batch, items[start:end], pixels, found)
+
+
+def _to_pixels(preprocess: Mapping[str, Any]) -> Callable[[bytes], torch.Tensor]:
     """Image bytes -> [C, H, W] uint8: the model's preprocessing up to the point where numbers become floats."""
-    *steps, _, normalize = clip.preprocess.transforms
+    *steps, _, normalize = clip_model.preprocessing(preprocess).transforms
     if not isinstance(normalize, Normalize):
         raise WinnowError(f"preprocessing ends with {normalize}, expected open_clip's: crop, to tensor, normalise")
 
@@ -108,47 +187,41 @@ def _to_pixels(clip: Clip) -> Callable[[bytes], torch.Tensor]:
 
 
 def _decoded(
-    data: TaskData, to_pixels: Callable[[bytes], torch.Tensor], batch_size: int, threads: int
-) -> Iterator[Batch]:
-    def decode(sample: tuple[str, bytes, Any]) -> torch.Tensor:
-        item, image, _ = sample
+    data: TaskData, shards: tuple[str, ...], preprocess: Mapping[str, Any], batch_size: int
+) -> Iterator[Callable[[], Batch]]:
+    to_pixels = _to_pixels(preprocess)
+
+    def decode(item: str, image: bytes) -> torch.Tensor:
         try:
             return to_pixels(image)
         except ImageError as error:
             raise WinnowError(f"{_place(data, item)}: {error}, expected every image to decode") from error
 
-    def collect(chunk: list[tuple[str, bytes, Any]], pixels: list[torch.Tensor]) -> Batch:
+    def make(chunk: list[tuple[str, bytes, Any]]) -> Batch:
+        pixels = [decode(item, image) for item, image, _ in chunk]
         return Batch([item for item, _, _ in chunk], torch.stack(pixels), [target for _, _, target in chunk])
 
-    samples = _samples(data)
-    chunks = iter(lambda: list(itertools.islice(samples, batch_size)), [])
-    if threads == 1:
-        for chunk in chunks:
-            yield collect(chunk, [decode(sample) for sample in chunk])
-        return
-    with ThreadPoolExecutor(threads) as pool:  # one batch is decoded while the model works on the one before it
-        waiting: deque = deque()
-        for chunk in chunks:
-            waiting.append((chunk, [pool.submit(decode, sample) for sample in chunk]))
-            if len(waiting) > 1:
-                chunk, futures = waiting.popleft()
-                yield collect(chunk, [future.result() for future in futures])
-        for chunk, futures in waiting:
-            yield collect(chunk, [future.result() for future in futures])
+    samples = _samples(data, shards)
+    for chunk in iter(lambda: list(itertools.islice(samples, batch_size)), []):
+        yield functools.partial(make, chunk)
 
 
-def _samples(data: TaskData) -> Iterator[tuple[str, bytes, Any]]:
-    """(`shard/key`, image bytes, label or captions) of every sample."""
-    empty = True
-    for shard in data.shards:
+def _samples(data: TaskData, shards: tuple[str, ...]) -> Iterator[tuple[str, bytes, Any]]:
+    """(`shard/key`, image bytes, target) of every sample."""
+    listed = [] if data.in_files else listed_images(data)
+    for shard in shards:
+        if not data.in_files:
+            yield from folders.read_run(data.path, listed, shard)
+            continue
+        if shard.endswith(".parquet"):
+            path = storage.join(data.path, shard)
+            yield from folders.read_parquet(path, lambda item, reason: WinnowError(f"{_place(data, item)}: {reason}"))
+            continue
         for item, files in _grouped(data, shard):
-            empty = False
             images = [files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files]
             if not images:
                 raise WinnowError(f"{_place(data, item)}: no image, expected one of .{', .'.join(IMAGE_SUFFIXES)}")
             yield item, images[0], _target(data, item, files)
-    if empty:
-        raise WinnowError(f"task {data.name}: {data.path} has no samples, expected at least one")
 
 
 def _grouped(data: TaskData, shard: str) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -182,30 +255,53 @@ def _grouped(data: TaskData, shard: str) -> Iterator[tuple[str, dict[str, bytes]
         yield item, files
 
 
-def _target(data: TaskData, item: str, files: dict[str, bytes]) -> int | list[str]:
-    """The sample's label, or its captions."""
-    suffix = "cls" if data.task.type == CLASSIFICATION else "txt"
-    if suffix not in files:
-        what = "a label" if suffix == "cls" else "captions"
-        raise WinnowError(f"{_place(data, item)}: no .{suffix}, expected {what}")
-    try:
-        text = files[suffix].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise WinnowError(f"{_place(data, item)}: .{suffix} = {files[suffix][:40]!r}, expected UTF-8") from error
-    if suffix == "txt":
-        captions = text.splitlines()
+def _target(data: TaskData, item: str, files: dict[str, bytes]) -> int | list[str] | dict[str, int]:
+    """The sample's label, its captions, or its label and groups."""
+    if data.task.type == FACES:
+        return _metadata(data, item, files, FACE_COLUMNS, FACE_COLUMNS)
+    if data.task.type == RETRIEVAL:
+        captions = _text(data, item, files, "txt", "captions").splitlines()
         if not captions:
             raise WinnowError(f"{_place(data, item)}: .txt is empty, expected at least one caption")
         return captions
-    label = text.strip()
+    label = _text(data, item, files, "cls", "a label").strip()
     if not (label.isascii() and label.isdigit() and len(label) < 10 and int(label) < len(data.classnames)):
         raise WinnowError(
             f"{_place(data, item)}: .cls = {label[:40]!r}, expected a label from 0 to {len(data.classnames) - 1}"
         )
+    if data.grouping and data.grouping.by:
+        return {"label": int(label)} | _metadata(data, item, files, data.grouping.columns, data.grouping.wanted)
     return int(label)
+
+
+def label_of(target: int | Mapping[str, int]) -> int:
+    """The label of a target of classification, with or without groups."""
+    return target["label"] if isinstance(target, Mapping) else target
+
+
+def _text(data: TaskData, item: str, files: dict[str, bytes], suffix: str, what: str) -> str:
+    if suffix not in files:
+        raise WinnowError(f"{_place(data, item)}: no .{suffix}, expected {what}")
+    try:
+        return files[suffix].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise WinnowError(f"{_place(data, item)}: .{suffix} = {files[suffix][:40]!r}, expected UTF-8") from error
+
+
+def _metadata(
+    data: TaskData, item: str, files: dict[str, bytes], columns: tuple[str, ...], wanted: tuple[str, ...]
+) -> dict[str, int]:
+    if "npy" not in files:
+        raise WinnowError(f"{_place(data, item)}: no .npy, expected {', '.join(columns)}")
+    try:
+        return groups.read_metadata(files["npy"], columns, wanted)
+    except ValueError as error:
+        raise WinnowError(f"{_place(data, item)}: .npy: {error}") from error
 
 
 def _place(data: TaskData, item: str) -> str:
     shard, _, key = item.partition("/")
+    if not data.shards[0].endswith(".tar"):
+        return f"task {data.name}: {data.path}/{item if not data.in_files else f'{shard}.parquet: row {key}'}"
     folder = storage.join(data.path, data.shards[0].rpartition("/")[0])
     return f"task {data.name}: {folder}/{shard}.tar: {key}"

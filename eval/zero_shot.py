@@ -1,6 +1,6 @@
 """Zero-shot classification: class prompts to a linear classifier, images to predictions.
 
-Shapes: B images of a batch, C classes, D embedding width, K predictions of each image.
+Shapes: B images of a batch, C classes, P prompts, T templates, U distinct prompts, D embedding width, K predictions.
 """
 
 from __future__ import annotations
@@ -11,30 +11,36 @@ import torch
 from torch.nn import functional
 
 from eval.tasks import TOP
-from pipeline.core import clip_model
+from eval.texts import encode_texts
 from pipeline.core.clip_model import Clip
 
 LOGIT_SCALE = 100.0  # CLIP_benchmark's, whatever the model's own
 
 
-@torch.no_grad()
 def build_classifier(clip: Clip, classnames: Sequence[str], templates: Sequence[str], batch_size: int) -> torch.Tensor:
     """[D, C] float32 on the model's device: column c is the unit mean of the unit features of class c's prompts.
 
     Args:
         templates: prompts with the class name as `{c}`, checked by eval.tasks.
-        batch_size: prompts a forward pass; classes stay whole, so one pass holds at least one class.
+        batch_size: prompts a forward pass.
     """
-    step = max(1, batch_size // len(templates))
-    columns = []
-    for start in range(0, len(classnames), step):
-        names = classnames[start : start + step]
-        prompts = [template.format(c=name) for name in names for template in templates]
-        tokens_BT = clip_model.trim(clip.model, clip.tokenizer(prompts)).to(clip.device)
-        features_BD = clip_model.encode_text(clip.model, tokens_BT)
-        mean_CD = features_BD.reshape(len(names), len(templates), -1).mean(dim=1)
-        columns.append(mean_CD / mean_CD.norm(dim=1, keepdim=True))
-    return torch.cat(columns).T.contiguous()
+    text_UD, number_P = encode_texts(clip, prompts(classnames, templates), batch_size)
+    return average_prompts(text_UD, number_P, len(templates))
+
+
+def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class in every template, class by class."""
+    return [template.format(c=name) for name in classnames for template in templates]
+
+
+def average_prompts(text_UD: torch.Tensor, number_P: torch.Tensor, num_templates: int) -> torch.Tensor:
+    """[D, C] float32: column c is the unit mean of the features of class c's prompts.
+
+    Args:
+        text_UD: float32, rows L2-normalised, of the distinct prompts. number_P: int64, which of them each prompt is.
+    """
+    mean_CD = torch.stack([text_UD[number_T].mean(dim=0) for number_T in number_P.split(num_templates)])
+    return (mean_CD / mean_CD.norm(dim=1, keepdim=True)).T.contiguous()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eval import tasks as eval_tasks
+from pipeline.core import clip_model
 from pipeline.core.config import Resources
 from pipeline.core.engine import post
 from training.recipe import Recipe, Seeds
@@ -49,25 +50,46 @@ def train_on_several(
     return train_on_ray(train_set_path, out_path, recipe, seeds, resources, report=report, **options)
 
 
+def preprocess_of(
+    architecture: clip_model.Architecture, image_size_px: int | None, start: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """clip_model.preprocess_config of the models that a recipe trains.
+
+    Args:
+        start: what they start from, as clip_model.load takes it.
+    """
+    clip = clip_model.load(start) if start else clip_model.build(architecture, image_size_px)
+    return clip_model.preprocess_config(clip.model)
+
+
+def store_pixels(
+    data: eval_tasks.TaskData, shard: str, preprocess: Mapping[str, Any], out_path: str, threads: int
+) -> dict[str, int]:
+    """Facts {images, bytes} of one tar of a task, decoded for all checkpoints."""
+    from eval.samples import store_pixels
+
+    return store_pixels(data, shard, preprocess, out_path, threads)
+
+
 def evaluate_all(
     source: Mapping[str, Any],
-    tasks: Sequence[eval_tasks.TaskData],
-    out_paths: Sequence[str],
     model: str,
     pretrained: str,
+    tasks: Sequence[eval_tasks.TaskData],
+    pixels_paths: Sequence[str],
+    out_paths: Sequence[str],
     device: str,
     batch_size: int,
     threads: int,
 ) -> list[tuple[dict[str, Any] | None, str | None]]:
     """(facts, error) of each task of one checkpoint."""
-    from eval.evaluate import evaluate
+    from eval.evaluate import Checkpoint, evaluate
 
     done = evaluate(
-        source,
+        [Checkpoint(source, model, pretrained)],
         tasks,
-        out_paths,
-        model=model,
-        pretrained=pretrained,
+        [out_paths],
+        pixels_paths=pixels_paths,
         device=device,
         batch_size=batch_size,
         threads=threads,

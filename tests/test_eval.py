@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pathlib
+import re
 import shutil
 from dataclasses import replace
 
@@ -15,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.evaluate import evaluate, evaluate_task
+from eval.evaluate import Checkpoint, evaluate
 from eval.metrics import classification_metrics, mean_per_class_recall, retrieval_metrics
-from eval.retrieval import best_rank, encode_texts, retrieval_ranks
-from eval.samples import Cache, model_input, read_batches
+from eval.retrieval import best_rank, retrieval_ranks
+from eval.samples import model_input, read_batches, store_pixels
 from eval.tasks import TaskData, resolve_task, task_digest
+from eval.texts import encode_texts, tokenisers
 from eval.zero_shot import build_classifier, top_classes
 from pipeline.core import clip_model
-from pipeline.core.errors import WinnowError
 from pipeline.core.tars import TarWriter
 
 ARCHITECTURE = {
@@ -33,25 +34,57 @@ ARCHITECTURE = {
 CLASSES = ("red square", "green circle", "blue star", "old photo", "map", "small boat", "tree")
 TEMPLATES = ("a photo of a {c}.", "{c}", "a drawing of one {c} on a wall")
 NAMES = {"model": "tiny", "pretrained": "checkpoint-0"}
+FILES = ("result.json", "predictions.parquet")
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> str:
+def write_model(folder: pathlib.Path, seed: int = 0, image_size_px: int = 16, **changes) -> str:
     """A model folder with random weights, large enough that features of different images differ."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    model = clip_model.build(ARCHITECTURE).model
+    torch.manual_seed(seed)
+    vision = {**ARCHITECTURE["vision_cfg"], "image_size": image_size_px}
+    architecture = {**ARCHITECTURE, "vision_cfg": vision}
+    model = clip_model.build(architecture).model
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    clip_model.save(model, ARCHITECTURE, str(folder))
+    for name, value in changes.items():
+        model.visual.preprocess_cfg[name] = value
+    clip_model.save(model, architecture, str(folder))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def clip(model_folder):
     return clip_model.load({"folder": model_folder})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model_folder) -> Checkpoint:
+    return Checkpoint({"folder": model_folder}, **NAMES)
+
+
+def run(checkpoint: Checkpoint, data: TaskData, out, **options) -> dict:
+    """The facts of one checkpoint on one task."""
+    (found,) = evaluate([checkpoint], [data], [[str(out)]], **options)
+    assert found.error is None, found.error
+    return found.facts
+
+
+def failure(checkpoint: Checkpoint, data: TaskData, out, **options) -> str:
+    """Why one checkpoint fails on one task; nothing is written."""
+    (found,) = evaluate([checkpoint], [data], [[str(out)]], **options)
+    assert found.facts is None
+    assert not pathlib.Path(out).exists()
+    return found.error
+
+
+def written(out) -> list[bytes]:
+    return [(pathlib.Path(out) / name).read_bytes() for name in FILES]
 
 
 def encoded(seed: int, mode: str = "RGB", kind: str = "PNG", **options) -> bytes:
@@ -216,7 +249,7 @@ def test_pixels_equal_the_models_own_preprocessing(tmp_path, clip):
     ]  # fmt: skip
     members = [m for n, data in enumerate(images) for m in ((f"{n}.jpg", data), (f"{n}.cls", b"0"))]
     data = resolve_task({"name": "t", "path": write_shards(tmp_path / "t", [members], classification_files())})
-    (batch,) = read_batches(data, clip, 100)
+    (batch,) = read_batches(data, clip_model.preprocess_config(clip.model), 100)
     plain = torch.stack([clip.preprocess(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
     assert torch.equal(model_input(clip, batch.pixels), plain)
 
@@ -238,8 +271,8 @@ def plain_predictions(clip, rows: int) -> list[list[int]]:
     return ranked
 
 
-def test_classification_equals_one_image_at_a_time(tmp_path, clip, shapes):
-    facts = evaluate_task(clip, shapes, str(tmp_path / "out"), batch_size=4, **NAMES)
+def test_classification_equals_one_image_at_a_time(tmp_path, clip, checkpoint, shapes):
+    facts = run(checkpoint, shapes, tmp_path / "out", batch_size=4)
     table = pq.read_table(tmp_path / "out" / "predictions.parquet").to_pydict()
     ranked = plain_predictions(clip, 23)
     labels = [row * row % len(CLASSES) for row in range(23)]
@@ -263,14 +296,14 @@ def test_classification_equals_one_image_at_a_time(tmp_path, clip, shapes):
     assert facts["chance"] == pytest.approx(1 / 7)
 
 
-def test_acc5_is_null_with_fewer_than_five_classes(tmp_path, clip):
+def test_acc5_is_null_with_fewer_than_five_classes(tmp_path, checkpoint):
     path = write_shards(tmp_path / "few", [labelled(range(6), 3)], classification_files(CLASSES[:3]))
-    evaluate_task(clip, resolve_task({"name": "few", "path": path}), str(tmp_path / "out"), **NAMES)
+    run(checkpoint, resolve_task({"name": "few", "path": path}), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]["acc5"] is None
 
 
-def test_retrieval_equals_a_dense_matrix(tmp_path, clip, photos):
-    facts = evaluate_task(clip, photos, str(tmp_path / "out"), batch_size=5, **NAMES)
+def test_retrieval_equals_a_dense_matrix(tmp_path, clip, checkpoint, photos):
+    facts = run(checkpoint, photos, tmp_path / "out", batch_size=5)
     texts = [caption for captions in CAPTIONS for caption in captions]
     owner_T = np.repeat(np.arange(12), [len(captions) for captions in CAPTIONS])
     with torch.no_grad():
@@ -296,42 +329,164 @@ def test_retrieval_equals_a_dense_matrix(tmp_path, clip, photos):
     assert (rows[3]["item"], rows[3]["group"]) == ("0/3", "0/3")
     assert (rows[12 + 5]["item"], rows[12 + 5]["group"]) == ("0/1#1", "0/1")
     assert facts["value"] == metrics["mean_recall@1"]
-    assert facts["chance"] is None
+    assert facts["chance"] == pytest.approx(1 / 12)  # a text: one image of 12; an image: on average a 12th of all texts
 
 
-# Files, caches and failures
+# Files, and what several checkpoints share
 
 
-def test_reruns_threads_and_the_cache_give_the_same_bytes(tmp_path, model_folder, shapes, photos):
-    written = []
-    for run, threads in enumerate((1, 1, 2)):
-        tasks = [
-            replace(data, digest=f"{run // 2}{data.name}") for data in (shapes, photos)
-        ]  # run 1 meets a full cache
-        paths = [str(tmp_path / f"{run}-{data.name}") for data in tasks]
-        outcomes = list(evaluate({"folder": model_folder}, tasks, paths, batch_size=8, threads=threads, **NAMES))
+def test_reruns_threads_and_batch_sizes_give_the_same_bytes(tmp_path, checkpoint, shapes, photos):
+    seen = []
+    for number, options in enumerate(({}, {}, {"threads": 3}, {"batch_size": 5}, {"batch_size": 5, "threads": 2})):
+        outs = [tmp_path / f"{number}-{data.name}" for data in (shapes, photos)]
+        outcomes = list(evaluate([checkpoint], [shapes, photos], [[str(out) for out in outs]], **options))
         assert [outcome.error for outcome in outcomes] == [None, None]
-        names = ("result.json", "predictions.parquet")
-        written.append([(pathlib.Path(path) / name).read_bytes() for path in paths for name in names])
-    assert written[0] == written[1] == written[2]
+        seen.append([written(out) for out in outs])
+    assert all(files == seen[0] for files in seen[1:])
 
 
-def test_a_second_checkpoint_decodes_nothing(clip, shapes):
-    data = replace(shapes, digest=task_digest(shapes))
-    cache = Cache(1 << 20)
-    first = list(read_batches(data, clip, 8, cache=cache))
-    shutil.rmtree(shapes.path)
-    again = list(read_batches(data, clip, 8, cache=cache))
-    assert cache.used_bytes == 23 * 3 * 16 * 16
-    assert [batch.items for batch in first] == [batch.items for batch in again]
-    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory) -> list[Checkpoint]:
+    """Models that see other pixels: of another size, squashed, normalised in another way; and two that see the same."""
+    folder = tmp_path_factory.mktemp("unlike")
+    models = {
+        "first": write_model(folder / "first"),
+        "second": write_model(folder / "second", seed=1),
+        "large": write_model(folder / "large", seed=2, image_size_px=24),
+        "squashed": write_model(folder / "squashed", resize_mode="squash"),
+        "dark": write_model(folder / "dark", mean=(0.1, 0.2, 0.3)),
+    }
+    return [Checkpoint({"folder": path}, "tiny", name) for name, path in models.items()]
 
 
-def test_the_cache_is_bounded_and_never_keeps_a_part(clip, shapes):
-    cache = Cache(23 * 3 * 16 * 16 - 1)
-    assert sum(len(batch.items) for batch in read_batches(shapes, clip, 8, cache=cache)) == 23
-    next(read_batches(shapes, clip, 8, cache=Cache(1 << 20)))
-    assert (cache.sets, cache.used_bytes) == ({}, 0)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_several_checkpoints_at_once_give_the_bytes_of_one_at_a_time(tmp_path, unlike, shapes, photos, threads):
+    tasks = (shapes, photos)
+    together = [[tmp_path / "together" / one.pretrained / data.name for data in tasks] for one in unlike]
+    paths = [[str(out) for out in row] for row in together]
+    outcomes = list(evaluate(unlike, tasks, paths, threads=threads, batch_size=4))
+    assert [(outcome.data.name, outcome.checkpoint) for outcome in outcomes] == [
+        (data.name, one) for data in tasks for one in unlike
+    ]
+    for place, one in enumerate(unlike):
+        for number, data in enumerate(tasks):
+            out = tmp_path / "alone" / one.pretrained / data.name
+            facts = run(one, data, out, batch_size=4)
+            assert written(out) == written(together[place][number])
+            of_pair = outcomes[number * len(unlike) + place]
+            assert {k: v for k, v in facts.items() if not k.endswith("seconds") and k != "forward_s"} == {
+                k: v for k, v in of_pair.facts.items() if not k.endswith("seconds") and k != "forward_s"
+            }
+            assert 0 < of_pair.facts["forward_s"] < of_pair.facts["seconds"]
+    predictions = {written(row[0])[1] for row in together}
+    assert len(predictions) == len(unlike)  # the preprocessings differ in what is predicted
+
+
+def test_a_pair_without_a_folder_is_left_out(tmp_path, unlike, shapes, photos):
+    paths = [[None, str(tmp_path / "0")], [str(tmp_path / "1"), None]]
+    outcomes = list(evaluate(unlike[:2], [shapes, photos], paths))
+    assert [(outcome.data.name, outcome.out_path) for outcome in outcomes] == [
+        ("shapes", paths[1][0]),
+        ("photos", paths[0][1]),
+    ]
+
+
+def store(checkpoint: Checkpoint, data: TaskData, path) -> str:
+    preprocess = clip_model.preprocess_config(clip_model.load(checkpoint.source).model)
+    for shard in data.shards:
+        store_pixels(data, shard, preprocess, str(path))
+    return str(path)
+
+
+def test_stored_pixels_give_the_same_bytes_as_decoding(tmp_path, unlike, shapes, photos):
+    tasks = (shapes, photos)
+    stored = [store(unlike[0], data, tmp_path / "pixels" / data.name) for data in tasks]
+    near = [[tmp_path / "near" / one.pretrained / data.name for data in tasks] for one in unlike]
+    far = [[tmp_path / "far" / one.pretrained / data.name for data in tasks] for one in unlike]
+    for outs, pixels in ((near, None), (far, stored)):
+        found = evaluate(unlike, tasks, [[str(out) for out in row] for row in outs], pixels_paths=pixels, batch_size=4)
+        assert [outcome.error for outcome in found] == [None] * 10
+    assert [written(out) for row in near for out in row] == [written(out) for row in far for out in row]
+
+
+def test_stored_pixels_are_read_in_place_of_the_tars_where_they_fit(tmp_path, unlike, shapes):
+    stored = store(unlike[0], shapes, tmp_path / "pixels")
+    for shard in shapes.shards:
+        (pathlib.Path(shapes.path) / shard).unlink()
+    outs = [[str(tmp_path / one.pretrained)] for one in unlike]
+    found = list(evaluate(unlike, [shapes], outs, pixels_paths=[stored]))
+    assert all("0.tar" in outcome.error for outcome in found)  # some models need the tars
+    same = [unlike[0], unlike[1], unlike[4]]
+    found = list(evaluate(same, [shapes], outs[:3], pixels_paths=[stored]))
+    assert [outcome.facts["images"] for outcome in found] == [23] * 3
+
+
+def test_stored_pixels_that_are_cut_off_are_an_error(tmp_path, checkpoint, shapes):
+    stored = store(checkpoint, shapes, tmp_path / "pixels")
+    path = tmp_path / "pixels" / "test" / "1.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "1.npy is cut off, expected 8 images" in failure(checkpoint, shapes, tmp_path / "out", pixels_paths=[stored])
+
+
+def test_an_empty_tar_among_others_changes_nothing(tmp_path, checkpoint):
+    parts = [labelled(range(15)), [], labelled(range(15, 23))]
+    tasks = [
+        resolve_task({"name": "t", "path": write_shards(tmp_path / name, shards, classification_files())})
+        for name, shards in (("with", parts), ("without", [parts[0], parts[2]]))
+    ]
+    stored = store(checkpoint, tasks[0], tmp_path / "pixels")
+    for number, (data, pixels) in enumerate(((tasks[1], None), (tasks[0], None), (tasks[0], stored))):
+        assert run(checkpoint, data, tmp_path / str(number), pixels_paths=[pixels])["images"] == 23
+    assert written(tmp_path / "1") == written(tmp_path / "2")
+    tables = [pq.read_table(tmp_path / str(number) / FILES[1]).drop(["item"]) for number in range(2)]
+    assert tables[0] == tables[1]
+
+
+@pytest.fixture
+def counted_texts(monkeypatch):
+    """Every list of texts that is tokenised from now on."""
+    lists = []
+    tokenise = open_clip.SimpleTokenizer.__call__
+
+    def counted(self, texts, *arguments, **options):
+        lists.append(list(texts))
+        return tokenise(self, texts, *arguments, **options)
+
+    monkeypatch.setattr(open_clip.SimpleTokenizer, "__call__", counted)
+    return lists
+
+
+def test_equal_prompts_are_encoded_once_a_model_and_tokenised_once_for_all(
+    tmp_path, unlike, shapes, photos, counted_texts, monkeypatch
+):
+    encoded = []
+    encode = clip_model.encode_text
+    monkeypatch.setattr(clip_model, "encode_text", lambda *given: encoded.append(len(given[1])) or encode(*given))
+    again = replace(shapes, task=replace(shapes.task, name="again"))
+    tasks = [shapes, again, photos]
+    paths = [[str(tmp_path / one.pretrained / data.name) for data in tasks] for one in unlike]
+    assert all(outcome.error is None for outcome in evaluate(unlike, tasks, paths, threads=2))
+    texts = {text for captions in CAPTIONS for text in captions}
+    assert [len(one) for one in counted_texts] == [len(CLASSES) * len(TEMPLATES), len(texts)]
+    assert sum(encoded) == len(unlike) * (len(CLASSES) * len(TEMPLATES) + len(texts))
+
+
+def test_tokenizers_share_only_what_they_do_alike():
+    kinds = [
+        open_clip.SimpleTokenizer(),
+        open_clip.SimpleTokenizer(context_length=16),
+        open_clip.SimpleTokenizer(),
+        open_clip.SimpleTokenizer(clean="whitespace"),
+        open_clip.SimpleTokenizer(reduction_mask="syntax"),
+    ]
+    kinds[0](["a word"])  # fills its cache
+    found = tokenisers(kinds)
+    assert found[0] is found[2]
+    assert len(set(map(id, found))) == 4
+    assert found[1](("A dog",)).shape == (1, 16)
+
+
+# Failures
 
 
 @pytest.mark.parametrize(
@@ -349,65 +504,86 @@ def test_the_cache_is_bounded_and_never_keeps_a_part(clip, shapes):
     ],
 )
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_set_with_holes_is_an_error(tmp_path, clip, members, message, threads):
+def test_a_set_with_holes_is_an_error(tmp_path, checkpoint, members, message, threads):
     data = resolve_task({"name": "t", "path": write_shards(tmp_path / "t", [members], classification_files())})
-    with pytest.raises(WinnowError, match=message):
-        evaluate_task(clip, data, str(tmp_path / "out"), threads=threads, **NAMES)
-    assert not (tmp_path / "out").exists()
+    assert re.search(message, failure(checkpoint, data, tmp_path / "out", threads=threads))
 
 
 @pytest.mark.parametrize("at", [-700, -2048, 1024])
-def test_a_tar_that_ends_too_early_is_an_error(tmp_path, clip, at):
+def test_a_tar_that_ends_too_early_is_an_error(tmp_path, checkpoint, at):
     path = write_shards(tmp_path / "t", [labelled(range(40))], classification_files())
     tar = tmp_path / "t" / "test" / "0.tar"
     whole = tar.read_bytes().rstrip(b"\0")
     tar.write_bytes(whole[: at - at % 512] if at < 0 else whole[:at])
-    with pytest.raises(WinnowError, match=r"task t: .*0.tar"):
-        evaluate_task(clip, resolve_task({"name": "t", "path": path}), str(tmp_path / "out"), **NAMES)
+    data = resolve_task({"name": "t", "path": path})
+    assert re.search(r"task t: .*0.tar", failure(checkpoint, data, tmp_path / "out", batch_size=4))
 
 
-def test_images_without_captions_and_bad_text_are_errors(tmp_path, clip):
+def test_images_without_captions_and_bad_text_are_errors(tmp_path, checkpoint):
     for name, text, message in (("a", b"", "a: .txt is empty"), ("b", b"\xff\xfe", "b: .txt = .* expected UTF-8")):
         members = [(f"{name}.png", encoded(1)), (f"{name}.txt", text)]
         path = write_shards(tmp_path / name, [members], {"dataset_type.txt": "retrieval"})
-        with pytest.raises(WinnowError, match=message):
-            evaluate_task(clip, resolve_task({"name": "t", "path": path}), str(tmp_path / "out"), **NAMES)
+        assert re.search(message, failure(checkpoint, resolve_task({"name": "t", "path": path}), tmp_path / "out"))
 
 
-def test_a_diverged_model_does_not_score(tmp_path, model_folder, photos, shapes):
-    clip = clip_model.load({"folder": model_folder})
+def test_a_diverged_model_fails_alone_beside_a_good_one(tmp_path, unlike, photos, shapes):
+    clip = clip_model.load(unlike[1].source)
     clip.model.visual.proj.fill_(float("nan"))
-    for data in (photos, shapes):
-        with pytest.raises(WinnowError, match=rf"task {data.name}: features of images are not finite"):
-            evaluate_task(clip, data, str(tmp_path / "out"), **NAMES)
+    clip_model.save(clip.model, ARCHITECTURE, str(tmp_path / "diverged"))
+    models = [Checkpoint({"folder": str(tmp_path / "diverged")}, "tiny", "diverged"), unlike[0]]
+    tasks = [photos, shapes]
+    paths = [[str(tmp_path / "out" / one.pretrained / data.name) for data in tasks] for one in models]
+    outcomes = list(evaluate(models, tasks, paths))
+    for data, failed, good in zip(tasks, outcomes[::2], outcomes[1::2], strict=True):
+        assert failed.error.startswith(f"task {data.name}: features of images are not finite")
+        assert not pathlib.Path(failed.out_path).exists()
+        run(unlike[0], data, tmp_path / "alone" / data.name)
+        assert written(good.out_path) == written(tmp_path / "alone" / data.name)
 
 
-def test_a_failed_task_fails_alone(tmp_path, model_folder, shapes, photos):
+def test_a_checkpoint_that_can_not_be_loaded_fails_alone(tmp_path, unlike, shapes):
+    shutil.copytree(unlike[0].source["folder"], tmp_path / "broken")
+    weights = tmp_path / "broken" / clip_model.WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-100])
+    broken = [Checkpoint({"folder": str(tmp_path / name)}, "tiny", name) for name in ("broken", "missing")]
+    paths = [[str(tmp_path / "out" / str(number))] for number in range(3)]
+    found = list(evaluate([*broken, unlike[0]], [shapes], paths))
+    assert [outcome.error is None for outcome in found] == [False, False, True]
+    assert str(tmp_path / "broken") in found[0].error
+    assert "\n" not in found[0].error
+    assert "expected a model folder" in found[1].error
+
+
+def test_a_failed_task_fails_alone(tmp_path, checkpoint, shapes, photos):
     bad = write_shards(tmp_path / "bad", [[("a.cls", b"0")]], classification_files())
-    tasks = [resolve_task({"name": "bad", "path": bad}), shapes]
-    outcomes = list(evaluate({"folder": model_folder}, tasks, [str(tmp_path / "0"), str(tmp_path / "1")], **NAMES))
+    gone = write_shards(tmp_path / "gone", [labelled(range(3))], classification_files())
+    tasks = [resolve_task({"name": "bad", "path": bad}), resolve_task({"name": "gone", "path": gone}), shapes]
+    (tmp_path / "gone" / "test" / "0.tar").unlink()  # after the plan was made
+    outcomes = list(evaluate([checkpoint], tasks, [[str(tmp_path / str(number)) for number in range(3)]]))
     assert outcomes[0].facts is None
     assert outcomes[0].error.startswith("task bad: ")
     assert "\n" not in outcomes[0].error
-    assert outcomes[1].error is None
-    assert outcomes[1].facts["images"] == 23
+    assert "0.tar" in outcomes[1].error
+    assert outcomes[2].error is None
+    assert outcomes[2].facts["images"] == 23
 
 
-def test_tasks_and_results_on_an_object_store(tmp_path, clip, shapes, s3_url):
+def test_tasks_pixels_and_results_on_an_object_store(tmp_path, checkpoint, shapes, s3_url):
     import fsspec
 
     fs = fsspec.filesystem("s3")
     fs.put(shapes.path + "/", f"{s3_url}/tasks/shapes/", recursive=True)
     far = resolve_task({"name": "shapes", "metric": "mean_per_class_recall"}, f"{s3_url}/tasks")
     assert task_digest(far) == task_digest(shapes)
-    evaluate_task(clip, shapes, str(tmp_path / "near"), **NAMES)
-    evaluate_task(clip, replace(far, digest="not in the cache"), f"{s3_url}/far", **NAMES)
-    assert fs.cat(f"{s3_url}/far/predictions.parquet") == (tmp_path / "near" / "predictions.parquet").read_bytes()
-    assert fs.cat(f"{s3_url}/far/result.json") == (tmp_path / "near" / "result.json").read_bytes()
+    run(checkpoint, shapes, tmp_path / "near")
+    stored = store(checkpoint, far, f"{s3_url}/pixels")
+    for number, pixels in enumerate((None, stored)):
+        run(checkpoint, far, f"{s3_url}/far{number}", pixels_paths=[pixels], batch_size=4)
+        assert [fs.cat(f"{s3_url}/far{number}/{name}") for name in FILES] == written(tmp_path / "near")
 
 
 @pytest.mark.real_data
-def test_real_sets_are_read_whole_and_an_untrained_model_is_near_chance(tmp_path, model_folder, real_data_path):
+def test_real_sets_are_read_whole_and_an_untrained_model_is_near_chance(tmp_path, checkpoint, real_data_path):
     entries = [
         {"name": "cifar10", "path": str(real_data_path / "zeroshot" / "cifar10"), "in_domain": True},
         {
@@ -419,9 +595,7 @@ def test_real_sets_are_read_whole_and_an_untrained_model_is_near_chance(tmp_path
     ]
     tasks = [resolve_task(entry) for entry in entries]
     paths = [str(tmp_path / data.name) for data in tasks]
-    cifar10, caltech101, flickr8k = (
-        outcome.facts for outcome in evaluate({"folder": model_folder}, tasks, paths, **NAMES)
-    )
+    cifar10, caltech101, flickr8k = (outcome.facts for outcome in evaluate([checkpoint], tasks, [paths], threads=2))
     assert (cifar10["images"], cifar10["classes"], cifar10["published_images"]) == (2000, 10, 10000)
     assert (caltech101["images"], caltech101["classes"]) == (1010, 101)
     assert (flickr8k["images"], flickr8k["captions"]) == (1000, 5000)
@@ -432,11 +606,11 @@ def test_real_sets_are_read_whole_and_an_untrained_model_is_near_chance(tmp_path
 
 
 @pytest.mark.gpu
-def test_a_gpu_predicts_nearly_what_the_cpu_predicts(tmp_path, model_folder, shapes, photos):
+def test_a_gpu_predicts_nearly_what_the_cpu_predicts(tmp_path, checkpoint, shapes, photos):
     tables = {}
     for device in ("cpu", "cuda"):
         paths = [str(tmp_path / f"{device}-{data.name}") for data in (shapes, photos)]
-        outcomes = evaluate({"folder": model_folder}, [shapes, photos], paths, device=device, **NAMES)
+        outcomes = evaluate([checkpoint], [shapes, photos], [paths], device=device, threads=2)
         assert [outcome.error for outcome in outcomes] == [None, None]
         tables[device] = [pq.read_table(f"{path}/predictions.parquet") for path in paths]
     for near, far in zip(tables["cpu"], tables["cuda"], strict=True):

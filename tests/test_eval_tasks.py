@@ -6,10 +6,11 @@ import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from eval.tasks import METRICS, TASKS, resolve_task, resolve_tasks, task_digest
+from eval.tasks import TASKS, TaskData, resolve_task, resolve_tasks, task_digest
 from pipeline.core import storage
 from pipeline.core.errors import ConfigError
 from pipeline.core.tars import TarWriter
@@ -44,9 +45,29 @@ def test_tasks_are_those_of_datacomp():
     own_class_weight = {name for name, task in TASKS.items() if task.metric == "mean_per_class_recall"}
     assert own_class_weight == {"vtab/caltech101", "fgvc_aircraft", "vtab/flowers", "vtab/pets"}
     assert TASKS["gtsrb"].chance == pytest.approx(0.037604)
+    assert {name for name, task in TASKS.items() if not task.counted} == {"fairness/fairface", "fairness/utkface"}
     for task in TASKS.values():
         assert task.title
-        assert task.type not in METRICS or task.metric in METRICS[task.type], task
+        own = TaskData(task, "", ("test/0.tar",), ("a",) * 5).metrics
+        assert task.metric in own or not task.counted, task
+
+
+def test_the_clean_tasks_are_those_of_the_paper():
+    near_chance = {name for name, task in TASKS.items() if task.counted and not task.clean}
+    assert sum(task.clean for task in TASKS.values()) == 33
+    clevr = {"vtab/clevr_count_all", "vtab/clevr_closest_object_distance"}
+    assert near_chance == {*clevr, "vtab/pcam", "wilds/camelyon17", "vtab/kitti_closest_vehicle_distance"}
+
+
+def test_every_task_of_datacomp_is_documented():
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for task in TASKS.values():
+        row = f"| `{task.name}` | {task.title} |"
+        assert row in text, f"docs/tasks.md has no row {row}"
+        (line,) = (line for line in text.splitlines() if line.startswith(row))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2:4] == [f"{task.images:,}", str(task.classes or "")], line
+        assert (f"`{task.metric}`" if task.metric else "none") == cells[4], line
 
 
 def test_a_users_folder_by_name_by_path_and_with_settings(tmp_path):
@@ -90,13 +111,14 @@ def test_everything_that_is_missing_is_said_at_once_in_one_line(tmp_path):
     (tmp_path / "pets" / "test" / "1.tar").unlink()
     (tmp_path / "pets" / "classnames.txt").unlink()
     with pytest.raises(ConfigError) as caught:
-        resolve_tasks(["pets", "imagenet1k", "wilds/fmow", "bets"], str(tmp_path))
+        resolve_tasks(["pets", "imagenet1k", "fairness/geode", "bets", "misc/winogavil"], str(tmp_path))
     message = str(caught.value)
     assert "\n" not in message
     assert f"eval.tasks.0 = pets: {tmp_path}/pets lacks classnames.txt, test/1.tar" in message
     assert f"eval.tasks.1 = imagenet1k: no files in {tmp_path}" in message
     assert "imagenet1k or wds_imagenet1k_test with classnames.txt, test/nshards.txt and test/0.tar" in message
-    assert "eval.tasks.2 = wilds/fmow, expected a task of plain classification or retrieval: FMoW (wilds)" in message
+    assert "expected a folder fairness/geode or wds_geode_test with classnames.txt" in message
+    assert "wds_misc-winogavil_test with winogavil_dataset.csv and winogavil_images/" in message
     assert "eval.tasks.3 = bets, expected a folder" in message
     assert "Did you mean pets?" in message
 
@@ -106,6 +128,15 @@ def test_everything_that_is_missing_is_said_at_once_in_one_line(tmp_path):
     [
         ({"name": "pets", "metrik": "acc1"}, r"metrik: no such setting of a task. Did you mean metric\?"),
         ({"name": "pets", "metric": "acc5"}, r"metric = acc5, expected one of zeroshot_classification"),
+        ({"name": "pets", "metric": "acc_wg"}, r"metric = acc_wg, expected one of zeroshot_classification"),
+        ({"name": "pets", "type": "retrieval"}, r"type = retrieval, but .*pets holds zeroshot_classification"),
+        ({"name": "pets", "type": "both"}, r"type = both, expected classification or retrieval"),
+        ({"name": "pets", "templates": "a {c}"}, r"templates = 'a {c}', expected a list"),
+        ({"name": "pets", "templates": ["a {c.x}"]}, r"templates: 'a {c.x}', expected prompts with the class as {c}"),
+        ({"name": "pets", "templates": []}, r"templates: '', expected prompts"),
+        ({"name": "pets", "classnames": ["cat", 3]}, r"classnames: expected the text of each class's name"),
+        ({"name": "pets", "classnames": {"cat": "cat"}}, r"expected a list in the order of the labels"),
+        ({"name": "cifar10", "templates": ["a {c}"]}, r"tasks.0.templates is said for cifar10, whose files say it"),
         ({"name": "pets", "metric": "mean_recall@1"}, r"expected one of zeroshot_classification"),
         ({"name": "pets", "chance": 50}, r"chance = 50.0, expected 0 <= chance <= 1"),
         ({"name": "pets", "chance": "half"}, r"chance = 'half', expected a number"),
@@ -187,3 +218,29 @@ def test_tasks_import_nothing_heavy():
     code = "import sys, eval.tasks; print(sorted({'torch', 'PIL', 'open_clip', 'numpy'} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_users_prompts_and_names_stand_in_for_the_files(tmp_path):
+    write_task(tmp_path / "pets")
+    before = resolve_task("pets", str(tmp_path))
+    own = {"name": "pets", "templates": ["{c}!"], "classnames": ["tom", "rex"]}
+    data = resolve_task(own, str(tmp_path))
+    assert (data.templates, data.classnames) == (("{c}!",), ("tom", "rex"))
+    assert task_digest(data) not in (task_digest(before), task_digest(replace(data, templates=("{c}",))))
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (tmp_path / "pets" / name).unlink()
+    assert resolve_task(own, str(tmp_path)) == data
+
+
+def test_another_metric_than_the_published_one_has_its_own_chance_level(tmp_path):
+    names = "\n".join(f"class {number}" for number in range(43))
+    write_task(tmp_path / "gtsrb", {"classnames.txt": names})
+    entry = {"name": "gtsrb"}
+    for settings, chance in (
+        ({}, 0.037604),
+        ({"metric": "acc1"}, 0.037604),
+        ({"metric": "acc5"}, 5 / 43),
+        ({"metric": "mean_per_class_recall"}, 1 / 43),
+        ({"metric": "acc5", "chance": 0.5}, 0.5),
+    ):
+        assert resolve_task(entry | settings, str(tmp_path)).chance == pytest.approx(chance)

@@ -27,6 +27,7 @@ from pipeline.core.errors import ConfigError, WinnowError, one_line, suggestion
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth")  # where open_clip looks for weights in a folder
 TEXT_GROUPS = 4  # captions of a batch are encoded in this many groups of like length, to spare padding
 
 Architecture = str | Mapping[str, Any]
@@ -193,6 +194,14 @@ def preprocess_config(model: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
 
 
+def preprocessing(config: Mapping[str, Any]) -> Any:
+    """The evaluation transform (PIL image -> [3, H, W] float32) of what preprocess_config returns."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return image_transform_v2(PreprocessCfg(**values), is_train=False)
+
+
 def save(model: Any, architecture: Architecture, folder: str) -> None:
     """None; writes a model folder that plain open_clip opens as `local-dir:FOLDER`, with its preprocessing.
 
@@ -228,7 +237,12 @@ def load(source: Mapping[str, Any], device: str = "cpu") -> Clip:
         with storage.local_folder(source["folder"]) as folder:
             if not os.path.exists(os.path.join(folder, CONFIG_FILE)):
                 raise WinnowError(f"{source['folder']}: expected a model folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
-            clip = _open_folder(folder, load_weights=True)
+            if not any(name.endswith(WEIGHTS_SUFFIXES) for name in os.listdir(folder)):
+                raise WinnowError(f"{source['folder']}: no weights, expected {WEIGHTS_FILE}")
+            try:
+                clip = _open_folder(folder, load_weights=True)
+            except Exception as error:  # open_clip, safetensors and pickle have classes of their own for a bad file
+                raise WinnowError(f"{source['folder']}: the model can't be loaded: {one_line(error)}") from error
         return _ready(clip, device)
     architecture, pretrained = source.get("architecture"), source.get("pretrained")
     if not pretrained:
@@ -250,8 +264,10 @@ def load(source: Mapping[str, Any], device: str = "cpu") -> Clip:
                     file.write(storage.read_bytes(pretrained))
             open_clip.load_checkpoint(clip.model, weights)
         return _ready(clip, device)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise WinnowError(f"model {architecture}: weights {pretrained} can't be loaded: {error}") from error
+    except WinnowError:
+        raise
+    except Exception as error:  # as above
+        raise WinnowError(f"model {architecture}: weights {pretrained} can't be loaded: {one_line(error)}") from error
 
 
 def _ready(clip: Clip, device: str) -> Clip:

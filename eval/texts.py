@@ -1,0 +1,88 @@
+"""Texts to features: tokenised once for all models that share a tokenizer, encoded without padding.
+
+Equal texts get one feature, so that they tie exactly whatever batch they came in.
+
+Shapes: T texts, U distinct texts, L tokens of the longest, D embedding width.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from pipeline.core import clip_model
+from pipeline.core.clip_model import Clip
+
+KEPT_LISTS = 4  # a task has one list of prompts or captions, or one for each of its heads
+
+
+class Tokeniser:
+    """A tokenizer that keeps what it made of the last lists of texts, since the next model asks for the same ones."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor]):
+        self.tokenizer = tokenizer
+        self._kept: dict[tuple[str, ...], torch.Tensor] = {}
+        self._lock = threading.Lock()  # a second model waits for the first rather than tokenise the same again
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """[T, L] int64 on the CPU, padded to the model's context."""
+        key = tuple(texts)
+        with self._lock:
+            if key not in self._kept:
+                while len(self._kept) >= KEPT_LISTS:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[key] = self.tokenizer(list(texts))
+            return self._kept[key]
+
+
+def tokenisers(tokenizers: Sequence[Callable]) -> list[Tokeniser]:
+    """A Tokeniser for each of these; tokenizers that do the same share one."""
+    found: list[Tokeniser] = []
+    for tokenizer in tokenizers:
+        same = next((one for one in found if _is_same(one.tokenizer, tokenizer)), None)
+        found.append(same or Tokeniser(tokenizer))
+    return found
+
+
+def _is_same(one: Callable, other: Callable) -> bool:
+    """True when both have one class and equal settings. A tokenizer that wraps another library's equals itself only."""
+    if type(one) is not type(other):
+        return False
+    settings = [{key: value for key, value in vars(each).items() if key != "cache"} for each in (one, other)]
+    return settings[0] == settings[1]
+
+
+def encode_texts(
+    clip: Clip, texts: Sequence[str], batch_size: int, tokenise: Callable[[list[str]], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[U, D] float32 features of the distinct texts and [T] int64, which of them each text is; on the model's device.
+
+    Args:
+        tokenise: in place of the model's own tokenizer.
+    """
+    distinct, number_T = distinct_texts(texts)
+    tokens_UL = (tokenise or clip.tokenizer)(distinct)
+    return encode_tokens(clip, tokens_UL, batch_size), number_T.to(clip.device)
+
+
+def distinct_texts(texts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
+    """The distinct texts in order of appearance, and [T] int64, which of them each text is."""
+    distinct = list(dict.fromkeys(texts))
+    number = {text: index for index, text in enumerate(distinct)}
+    return distinct, torch.tensor([number[text] for text in texts])
+
+
+@torch.no_grad()
+def encode_tokens(clip: Clip, tokens_UL: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """[U, D] float32 on the model's device, rows L2-normalised; texts of like length share a batch."""
+    order_U = torch.argsort(clip_model.caption_lengths(clip.model, tokens_UL), stable=True)
+    features = []
+    for row_B in order_U.split(batch_size):
+        tokens_BL = clip_model.trim(clip.model, tokens_UL[row_B]).to(clip.device)
+        features.append(clip_model.encode_text(clip.model, tokens_BL))
+    sorted_UD = torch.cat(features)
+    text_UD = torch.empty_like(sorted_UD)
+    text_UD[order_U.to(clip.device)] = sorted_UD
+    return text_UD
