@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipeline.core import pool, storage
 from stages.exclusion import Exclusion
-from stages.selection import gallery, uids
+from stages.selection import gallery, thumbnails, uids
 from stages.selection.choose import flat_rules, select
-from stages.selection.strategies import parse_strategies
+from stages.selection.strategies import parse_comparisons, parse_strategies
 from tests.pool_fixture import drawing, random_uids, write_columns, write_pool
 
 TYPES = {"score": "float32", "words": "int32", "weight": "float32", "flag": "bool", "language": "string"}
@@ -186,14 +186,92 @@ def test_pictures_are_small_jpegs_and_what_does_not_decode_has_none(tmp_path):
         file.seek(place)
         file.write(b"\0" * 100)
     facts = gallery.write_gallery(path, {}, parse_strategies({"it": {}}, "s", {}), "it", f"{tmp_path}/out")
-    assert facts == {"samples": 4, "pictures": 2, "rules": []}
+    assert facts == {"samples": 4, "pictures": 2, "flagged": 0, "rules": []}
     found = {row["uid"]: row for row in pq.read_table(f"{tmp_path}/out/{gallery.FILE}").to_pylist()}
     assert [f"{number:032x}" for number in (0, 1, 3, 4)] == sorted(found)
     wide, small, broken, without = (found[f"{number:032x}"] for number in (0, 1, 3, 4))
     assert wide["caption"] == "wide\n<b>&"
-    assert len(small["caption"]) == gallery.CAPTION_CHARS + 1
+    assert len(small["caption"]) == thumbnails.CAPTION_CHARS + 1
     assert broken["thumbnail"] is None is without["thumbnail"]
     for row, size in ((wide, (96, 30)), (small, (20, 31))):
         image = Image.open(io.BytesIO(row["thumbnail"]))
         assert (image.format, image.size) == ("JPEG", size)
         assert len(row["thumbnail"]) < 6000
+
+
+def test_rows_that_pass_any_comparison_of_flagged_are_marked(world):
+    flagged = parse_comparisons(["words >= 6", "weight < 0.1"], "flagged", TYPES)
+    facts, found = world.gallery(STRATEGIES, flagged=flagged)
+    by_uid = {row["uid"]: row for row in world.rows}
+    for row in found:
+        own = by_uid[row["uid"]]
+        assert row["flagged"] == (own["words"] >= 6 or own["weight"] < np.float32(0.1))
+    assert 0 < facts["flagged"] == sum(row["flagged"] for row in found) < len(found)
+    assert not any(row["flagged"] for row in world.gallery(STRATEGIES)[1])
+
+
+def noise(width_px=320, height_px=200, orientation=None):
+    """A PNG of fine stripes: what is blurred in it is grey."""
+    rows, columns = np.indices((height_px, width_px))
+    pixels = np.where((rows // 8 + columns // 8) % 2, 255, 0).astype(np.uint8)
+    data = io.BytesIO()
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(np.stack([pixels] * 3, axis=-1)).save(data, "PNG", exif=exif)
+    return data.getvalue()
+
+
+def spread(jpeg, box=(0.0, 0.0, 1.0, 1.0)):
+    """The standard deviation of a part of the picture, whose sides are fractions."""
+    image = Image.open(io.BytesIO(jpeg)).convert("L")
+    left, top, right, bottom = (round(side * n) for side, n in zip(box, image.size * 2, strict=True))
+    return float(np.asarray(image.crop((left, top, right, bottom)), np.float64).std())
+
+
+def shown(tmp_path, image=None, boxes=None, **columns):
+    """The thumbnail in the gallery of a pool whose one row has these boxes."""
+    row = {"image": image or noise(), "caption": "x", "face_bboxes": boxes, **columns}
+    path = write_pool(tmp_path, [[row | {"face_bboxes": row["face_bboxes"] or ""}]])
+    gallery.write_gallery(path, {}, parse_strategies({"it": {}}, "s", {}), "it", f"{tmp_path}/out")
+    (found,) = pq.read_table(f"{tmp_path}/out/{gallery.FILE}").to_pylist()
+    return found["thumbnail"]
+
+
+def test_known_faces_are_blurred_and_nothing_else(tmp_path):
+    plain = shown(tmp_path / "plain")
+    assert shown(tmp_path / "none", boxes="[]") == plain
+    found = shown(tmp_path / "face", boxes="[[0.1,0.2,0.4,0.7]]")
+    whole = spread(plain)
+    assert whole > 60
+    assert spread(found, (0.1, 0.2, 0.4, 0.7)) < whole / 8
+    margin = (0.08, 0.16, 0.1, 0.74)  # a box grows by a tenth of its longer side
+    assert spread(found, margin) < whole / 4 < spread(plain, margin)
+    assert spread(found, (0.55, 0.0, 1.0, 1.0)) == pytest.approx(spread(plain, (0.55, 0.0, 1.0, 1.0)), rel=0.02)
+    two = shown(tmp_path / "two", boxes="[[0.1,0.2,0.4,0.7],[0.7,0.1,0.9,0.5]]")
+    assert max(spread(two, (0.1, 0.2, 0.4, 0.7)), spread(two, (0.7, 0.1, 0.9, 0.5))) < whole / 8
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    ["[[30,40,90,100]]", "[[0.5,0.5,0.4,0.9]]", "[[0.1,0.2,0.3]]", "[[NaN,0,1,1]]", "{", "[1]", '[["a",0,1,1]]', "[" * 9999,
+     "[[0.1,0.2,0.4,0.7],[2,2,3,3]]"],
+)  # fmt: skip
+def test_a_box_that_cannot_be_placed_blurs_the_whole_picture(tmp_path, boxes):
+    assert spread(shown(tmp_path, boxes=boxes)) < 15
+
+
+def test_boxes_do_not_fit_a_picture_that_was_cropped_padded_or_turned(tmp_path):
+    box = "[[0.1,0.2,0.4,0.7]]"
+    kept = {"original_width_px": 640, "original_height_px": 401}  # halved, up to a pixel
+    assert spread(shown(tmp_path / "kept", boxes=box, **kept), (0.55, 0.0, 1.0, 1.0)) > 60
+    wrong = [
+        {"original_width_px": 640, "original_height_px": 640},
+        {"exif": '{"Image Orientation": "6"}'},
+        {"exif": "["},
+    ]
+    for number, columns in enumerate([*wrong, {"image": noise(orientation=6)}]):
+        assert spread(shown(tmp_path / str(number), boxes=box, **columns)) < 15
+    upright = {"exif": '{"Image Orientation": "Horizontal (normal)", "Image Make": "x"}'}
+    assert spread(shown(tmp_path / "upright", boxes=box, **upright), (0.55, 0.0, 1.0, 1.0)) > 60
+    assert spread(shown(tmp_path / "no face", image=noise(orientation=6))) > 60

@@ -273,15 +273,7 @@ class ShardView:
 
     def numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The column's values in its own type (anything where there is no number), and where there is a number."""
-        column = self.column(name)
-        valid = np.ones(len(column), dtype=bool)
-        if column.null_count:
-            valid = np.asarray(column.is_valid())
-            column = column.fill_null(0)
-        values = np.asarray(column)
-        if values.dtype.kind == "f":
-            valid = valid & ~np.isnan(values)
-        return values, valid
+        return numbers_of(self.column(name))
 
     def mask(self, name: str) -> np.ndarray:
         """[rows] bool: which rows are in the strategy."""
@@ -387,6 +379,18 @@ class ShardView:
         # 53 bits of the hash as a number in [0, 1)
         draw = (uid_pairs.hash64(self.uids, repeat.seed, REPEAT_STREAM) >> np.uint64(11)) * 2.0**-53
         return (whole + (draw < capped - whole)).astype(np.int64)
+
+
+def numbers_of(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """The values in the column's own type (anything where there is no number), and where there is a number."""
+    valid = np.ones(len(column), dtype=bool)
+    if column.null_count:
+        valid = np.asarray(column.is_valid())
+        column = column.fill_null(0)
+    values = np.asarray(column)
+    if values.dtype.kind == "f":
+        valid = valid & ~np.isnan(values)
+    return values, valid
 
 
 def _load_subset(path: str, place: str) -> _Subset:

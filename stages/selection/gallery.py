@@ -18,30 +18,26 @@ choose.py.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.core import images, pool, storage
-from pipeline.core.errors import ImageError
+from pipeline.core import pool, storage
 from stages.column_files import Column
 from stages.exclusion import NOTHING, Exclusion
 from stages.selection import uids as uid_pairs
 from stages.selection.choose import Evaluation, Judged, ShardView, flat_rules, rule_names
 from stages.selection.exact_cut import descending_keys
 from stages.selection.strategies import Comparison, Rule, Strategy, Top
+from stages.selection.thumbnails import read_details
 
-VERSION = 1  # bump when any output changes for the same inputs
+VERSION = 2  # bump when any output changes for the same inputs
 FILE = "gallery.parquet"
 NUM_SAMPLES = 8  # on each side of a cut, and of what is kept and removed at random
 MAX_CUTS = 3
-THUMBNAIL_PX = 96  # the longer side
-JPEG_QUALITY = 60
-CAPTION_CHARS = 300  # a longer caption is cut
 GALLERY_STREAM = 14  # which of equal values are shown, and the random samples
 SCHEMA = pa.schema(
     [
@@ -52,7 +48,8 @@ SCHEMA = pa.schema(
         ("value", pa.string()),  # of the rule's column, as its type prints it; null for random samples
         ("removed_by", pa.int32()),  # the first rule that removes the row; null where it is kept
         ("caption", pa.string()),
-        ("thumbnail", pa.binary()),  # a JPEG; null where the pool has no image that decodes
+        ("flagged", pa.bool_()),  # the row passes a comparison of the config's `flagged`
+        ("thumbnail", pa.binary()),  # a JPEG, known faces blurred; null where the pool has no image that decodes
     ]
 )
 
@@ -64,10 +61,14 @@ def write_gallery(
     name: str,
     out_path: str,
     exclude: Exclusion = NOTHING,
+    flagged: Sequence[Comparison] = (),
 ) -> dict[str, Any]:
-    """Facts of the gallery, {samples, pictures, rules}; its file is there when this returns.
+    """Facts of the gallery, {samples, pictures, flagged, rules}; its file is there when this returns.
 
-    `rules` are the names of the strategy's rules, by number. The arguments are those of choose.select.
+    `rules` are the names of the strategy's rules, by number. The arguments are those of choose.select, and:
+
+    Args:
+        flagged: rows that pass any of these are marked, so that the page shows their pictures blurred.
     """
     evaluation = Evaluation(pool_path, columns, strategies, name, exclude)
     rules = list(flat_rules(strategies, name))
@@ -77,11 +78,12 @@ def write_gallery(
     nearest = {group: _Nearest.empty() for group in groups}
     for shard_number, view in enumerate(evaluation.views()):
         judged, hashes = view.judge(name), uid_pairs.hash64(view.uids, 0, GALLERY_STREAM)
+        flags = flagged_rows(view, flagged)
         for group in groups:
-            found = _candidates(view, shard_number, judged, hashes, group, rules)
+            found = _candidates(view, shard_number, judged, hashes, group, rules, flags)
             nearest[group] = nearest[group].merged(found)
     names = [shard.name for shard in evaluation.shards]
-    details = _details(pool_path, names, {row for best in nearest.values() for row in best.rows})
+    details = read_details(pool_path, names, {row for best in nearest.values() for row in best.rows})
     entries = [
         {
             "group": kind,
@@ -90,11 +92,17 @@ def write_gallery(
             "uid": uid,
             "value": value,
             "removed_by": None if removed_by < 0 else removed_by,
+            "flagged": is_flagged,
             **details[row],
         }
         for (kind, number, side), best in nearest.items()
-        for row, uid, value, removed_by in zip(
-            best.rows, uid_pairs.text(best.uids).to_pylist(), best.values, best.removed_by.tolist(), strict=True
+        for row, uid, value, removed_by, is_flagged in zip(
+            best.rows,
+            uid_pairs.text(best.uids).to_pylist(),
+            best.values,
+            best.removed_by.tolist(),
+            best.flagged.tolist(),
+            strict=True,
         )
     ]
     table = pa.Table.from_pylist(entries, schema=SCHEMA)
@@ -102,6 +110,7 @@ def write_gallery(
     return {
         "samples": len(entries),
         "pictures": table.num_rows - table["thumbnail"].null_count,
+        "flagged": sum(entry["flagged"] for entry in entries),
         "rules": rule_names(strategies, name),
     }
 
@@ -124,16 +133,18 @@ class _Nearest:
     Attributes:
         order: [n, 4] uint64: distance, hash, uid high, uid low; ascending.
         rows: [n] (number of the shard, row in it). values: [n] texts or None. removed_by: [n] int64, -1: kept.
+        flagged: [n] bool.
     """
 
     order: np.ndarray
     rows: list[tuple[int, int]]
     values: list[str | None]
     removed_by: np.ndarray
+    flagged: np.ndarray
 
     @staticmethod
     def empty() -> _Nearest:
-        return _Nearest(np.empty((0, 4), np.uint64), [], [], np.empty(0, np.int64))
+        return _Nearest(np.empty((0, 4), np.uint64), [], [], np.empty(0, np.int64), np.empty(0, bool))
 
     @property
     def uids(self) -> np.ndarray:
@@ -145,8 +156,17 @@ class _Nearest:
         order = np.concatenate([self.order, other.order])
         first = np.lexsort(order.T[::-1])[:NUM_SAMPLES]
         rows, values = [*self.rows, *other.rows], [*self.values, *other.values]
-        removed_by = np.concatenate([self.removed_by, other.removed_by])
-        return _Nearest(order[first], [rows[i] for i in first], [values[i] for i in first], removed_by[first])
+        removed_by = np.concatenate([self.removed_by, other.removed_by])[first]
+        flagged = np.concatenate([self.flagged, other.flagged])[first]
+        return _Nearest(order[first], [rows[i] for i in first], [values[i] for i in first], removed_by, flagged)
+
+
+def flagged_rows(view: ShardView, flagged: Sequence[Comparison]) -> np.ndarray:
+    """[rows] bool: which rows pass any of the comparisons."""
+    found = np.zeros(view.shard.rows, dtype=bool)
+    for comparison in flagged:
+        found |= view.rule_mask(comparison)
+    return found
 
 
 def _candidates(
@@ -156,6 +176,7 @@ def _candidates(
     hashes: np.ndarray,
     group: tuple[str, int | None, str],
     rules: list[Rule],
+    flags: np.ndarray,
 ) -> _Nearest:
     """The nearest of one shard; `hashes` [rows] uint64 order equal values, and the random samples."""
     _, number, side = group
@@ -186,40 +207,4 @@ def _candidates(
     for rule_number in reversed(range(len(judged.kept_by_rule))):
         removed_by[~judged.kept_by_rule[rule_number][rows]] = rule_number
     places = [(shard_number, row) for row in rows.tolist()]
-    return _Nearest(order[first], places, texts, removed_by)
-
-
-def _details(
-    pool_path: str, names: list[str], rows: set[tuple[int, int]]
-) -> dict[tuple[int, int], dict[str, str | bytes | None]]:
-    """{(number of the shard, row): {caption, thumbnail}}."""
-    wanted = ("caption", "image_offset_bytes", "image_size_bytes")
-    found = {}
-    for shard_number in sorted({shard_number for shard_number, _ in rows}):
-        inside = sorted(row for other, row in rows if other == shard_number)
-        table = pool.read_rows(pool_path, names[shard_number], wanted).take(inside)
-        for row, caption, thumbnail in zip(
-            inside, table["caption"].to_pylist(), _thumbnails(pool_path, names[shard_number], table), strict=True
-        ):
-            text = (caption or "")[:CAPTION_CHARS] + ("…" if len(caption or "") > CAPTION_CHARS else "")
-            found[shard_number, row] = {"caption": text, "thumbnail": thumbnail}
-    return found
-
-
-def _thumbnails(pool_path: str, shard: str, rows: pa.Table) -> Iterator[bytes | None]:
-    """A small JPEG of each row's image; None where there is none."""
-    stored = rows["image_offset_bytes"].is_valid()
-    data = pool.read_images(pool_path, shard, rows.filter(stored)) if stored.to_pylist().count(True) else iter(())
-    for has_image in stored.to_pylist():
-        yield _thumbnail(next(data)) if has_image else None
-
-
-def _thumbnail(data: bytes) -> bytes | None:
-    try:
-        image = images.decode_rgb(data)
-    except ImageError:  # in a pool by another tool: the gallery goes on without this picture
-        return None
-    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    return jpeg.getvalue()
+    return _Nearest(order[first], places, texts, removed_by, flags[rows])

@@ -196,6 +196,15 @@ def parse_strategies(
     return strategies
 
 
+def parse_comparisons(texts: Sequence[str], place: str, columns: Mapping[str, str]) -> tuple[Comparison, ...]:
+    """The checked comparisons. Raises ConfigError for an unknown column or a wrong literal.
+
+    Args:
+        columns: see parse_strategies.
+    """
+    return tuple(_comparison(text, f"{place}.{index}", columns) for index, text in enumerate(texts))
+
+
 def used_strategies(strategies: Mapping[str, Strategy], name: str, sizes: bool = True) -> list[str]:
     """The names of the strategy and of all that it is made of, parts before what uses them.
 
@@ -305,7 +314,7 @@ def _parse(name: str, body: Mapping[str, Any], place: str, columns: Mapping[str,
         if value is None:
             raise ConfigError(f"{where} is empty, expected a value")
         if key == "where":
-            rules += [_comparison(text, f"{where}.{index}", columns) for index, text in enumerate(value)]
+            rules += parse_comparisons(value, where, columns)
         elif key == "top":
             _check_column(value.column, where, columns, NUMERIC)
             if value.cut == "datacomp" and value.fraction == 1:

@@ -16,6 +16,7 @@ from numpy.lib import format as npy
 
 from pipeline.core import storage
 from pipeline.core.errors import WinnowError, one_line
+from stages.tensor_files import UNREADABLE
 
 SUBSET_DTYPE = np.dtype("u8,u8")
 RUN_ROWS = (
@@ -35,7 +36,7 @@ def parse(column: pa.ChunkedArray | pa.Array, place: str) -> np.ndarray:
     lengths = np.diff(np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset :][: len(column) + 1])
     if column.null_count or (lengths != 32).any():
         wrong = next(uid for uid in column.to_pylist() if uid is None or len(uid) != 32)
-        raise WinnowError(f"{place}: uid {wrong}, expected 32 hex digits")
+        raise WinnowError(f"{place}: uid {str(wrong)[:80]}, expected 32 hex digits")
     if not len(column):
         return np.empty((0, 2), dtype=np.uint64)
     start = int(np.frombuffer(column.buffers()[1], dtype=np.int32)[column.offset])
@@ -43,7 +44,7 @@ def parse(column: pa.ChunkedArray | pa.Array, place: str) -> np.ndarray:
     nibbles = _NIBBLES[digits].reshape(len(column), 32)
     if nibbles.max() > 15:
         wrong = column[int(np.flatnonzero((nibbles > 15).any(axis=1))[0])].as_py()
-        raise WinnowError(f"{place}: uid {wrong}, expected 32 hex digits")
+        raise WinnowError(f"{place}: uid {str(wrong)[:80]}, expected 32 hex digits")
     pairs = (nibbles[:, 0::2] << 4) | nibbles[:, 1::2]
     return pairs.view(">u8").astype(np.uint64)
 
@@ -85,7 +86,7 @@ def read_subset(path: str, place: str) -> np.ndarray:
     try:
         with storage.open_read(path) as file:
             found = npy.read_array(file, allow_pickle=False)  # np.load also opens archives and pickles
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+    except UNREADABLE as error:
         raise WinnowError(f"{place} = {path}, {expected}: {one_line(error)}") from error
     if found.dtype != SUBSET_DTYPE or found.ndim != 1:
         raise WinnowError(f"{place} = {path} of dtype {found.dtype}, {expected}")
