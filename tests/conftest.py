@@ -15,6 +15,8 @@ import urllib.request
 
 import pytest
 
+from tests import browser_fixture
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 for name in [name for name in os.environ if name.startswith("RAY_")]:
@@ -46,7 +48,7 @@ def uses_finished_run(path: str) -> bool:
 
 
 def pytest_collection_modifyitems(items):
-    """Skips what this machine can't run: GPU tests without CUDA, real data outside CI. In CI real data is a must."""
+    """Skips what this machine can't run: GPU tests without CUDA, and outside CI those that lack real data or a browser."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     data = real_data_folder()
     for item in items:
@@ -57,6 +59,8 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("real_data") and not data.is_dir() and not os.environ.get("CI"):
             item.add_marker(pytest.mark.skip(reason=f"no real data at {data}; set WINNOW_REAL_DATA"))
+        if item.get_closest_marker("browser") and browser_fixture.browser_path() is None and not os.environ.get("CI"):
+            item.add_marker(pytest.mark.skip(reason=f"none of {', '.join(browser_fixture.NAMES)} on the PATH"))
 
 
 def real_data_folder() -> pathlib.Path:
@@ -69,6 +73,13 @@ def real_data_path() -> pathlib.Path:
     folder = real_data_folder()
     assert folder.is_dir(), f"real data expected at {folder}; set WINNOW_REAL_DATA"
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A running Chromium; a test that asks for it fails in CI when there is none. Of a module, as its driver is a loop."""
+    with browser_fixture.started_browser() as started:
+        yield started
 
 
 def free_port() -> int:

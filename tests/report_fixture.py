@@ -59,11 +59,11 @@ def write_selection(root: Path, name: str, fraction: float, uids: np.ndarray, rn
     return write_artifact(root, "selection", {"name": name}, facts, {"uids.npy": chosen})
 
 
-def predictions(task: str, ability: float, rng, difficulty: np.ndarray, own: np.ndarray) -> tuple[pa.Table, dict]:
+def predictions(kind: str, ability: float, rng, difficulty: np.ndarray, own: np.ndarray) -> tuple[pa.Table, dict]:
     """A probit model: item j is right when ability + difficulty_j + own_j + noise > 0."""
     right = ability + difficulty + own + rng.normal(size=len(difficulty)) > 0
     num = len(right)
-    if task != "retrieval":
+    if kind != "zeroshot_retrieval":
         label = (np.arange(num) % 10).astype(np.int32)
         prediction = np.where(right, label, (label + 1) % 10).astype(np.int32)
         items = [f"item{j:05d}" for j in range(num)]
@@ -123,14 +123,15 @@ def write_run(
     data = {
         "config_name": "demo", "date": "2026-11-24T16:00:00Z", "winnow_version": "0.1.0", "metric_version": 1,
         "recipe": {"name": "demo", "samples_seen": SAMPLES_SEEN, "global_batch": 64, "model": {"embed_dim": 64}},
-        "pool": {"path": "pool-3f2a91c0d4e7", "rows": POOL_ROWS, "ok": POOL_OK, "failed": {"undecodable": 100}},
+        "pool": {"path": "pool-3f2a91c0d4e7", "digest": "5d1e", "rows": POOL_ROWS, "ok": POOL_OK, "failed": {"undecodable": 100}},
         "strategies": [], "tasks": [], "trainings": [], "results": [], "baseline": "no_filter",
+        "recipe_values": {"samples_seen": max(budgets), "lr": 1e-3, "model": {"embed_dim": 64}},
     }  # fmt: skip
     for task, (kind, metric, chance) in tasks.items():
         name = rename.get(task, task)
         data["tasks"].append({
             "name": name, "type": kind, "metric": metric, "chance": chance, "group": "", "in_domain": task == "colours",
-            "title": name.capitalize() if name == task else name,
+            "title": name.capitalize() if name == task else name, "digest": f"digest of {task}",
         })  # fmt: skip
     for strategy, (fraction, ability, label, uses) in strategies.items():
         name = rename.get(strategy, strategy)
@@ -155,7 +156,7 @@ def write_run(
             data["trainings"].append({**training, "checkpoint": checkpoint, "error": None})
             luck = rng.normal(0, 0.08)
             for task, (kind, _, _) in tasks.items():
-                table, metrics = predictions(task, now + luck, rng, difficulty[task], own[task])
+                table, metrics = predictions(kind, now + luck, rng, difficulty[task], own[task])
                 result = {"dataset": task, "model": "demo", "pretrained": checkpoint, "task": kind, "language": "en"}
                 result["metrics"] = {key: float(value) for key, value in metrics.items()}
                 files = {"result.json": json.dumps(result), "predictions.parquet": table}

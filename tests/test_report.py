@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -16,7 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import WinnowError
-from pipeline.report import build_report, make_leaderboard, read_run, terminal_table
+from pipeline.report import build_report, make_leaderboard, markup, plots, read_run, terminal_table
+from pipeline.report.page import html_page
+from pipeline.report.tables import places_text
+from pipeline.report.trainings import version_lines
+from pipeline.report.uncertainty import wilson
 from tests.report_fixture import SAMPLES_SEEN, STRATEGIES, TASKS, edit_run, write_artifact, write_run
 
 
@@ -87,6 +94,27 @@ def test_one_seed_names_no_winner(tmp_path):
         assert row.difference.p is None
         assert 0 < row.difference.half_width < 0.05
     assert "item noise only" in (tmp_path / "runs/2026-11-24T16-00-00Z_demo/leaderboard.html").read_text()
+
+
+def test_probes_stand_beside_the_average(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1))
+    plain = build_report(str(run))
+
+    def change(data):
+        data["tasks"][0]["type"] = "linear_probe"
+
+    edit_run(run, change)
+    board = build_report(str(run))
+    probe, *others = (task.name for task in board.run.tasks)
+    for row, before in zip(
+        *(sorted(one.rows, key=lambda row: row.strategy.name) for one in (board, plain)), strict=True
+    ):
+        assert row.strategy.name == before.strategy.name
+        assert row.task_scores[probe] == before.task_scores[probe]
+        assert row.average.value == pytest.approx(np.mean([before.task_scores[task].value for task in others]))
+    text = (run / "leaderboard.md").read_text()
+    assert f"Averages are over the {len(others)} zero-shot tasks" in text
+    assert f"average ({len(others)})" in text
 
 
 def test_missing_task_gives_no_average(tmp_path):
@@ -301,7 +329,8 @@ def test_hostile_names_are_only_text(tmp_path):
     page = Page()
     page.feed(html)
     assert not page.active
-    assert not set(page.tags) & {"script", "img", "iframe", "object", "embed", "link", "a", "base"}
+    assert not set(page.tags) & {"img", "iframe", "object", "embed", "link", "a", "base"}
+    assert page.tags.count("script") == 1  # ours; test_page.py shows in a browser that no other runs
     assert page.tags.count("style") == page.tags.count("title") - html.count("<title>", html.index("<body")) == 1
     assert html.count("&lt;script&gt;") >= 4
     assert "default-src 'none'" in html.replace("&#x27;", "'")
@@ -319,21 +348,61 @@ def test_page_is_complete_and_its_plots_are_well_formed(run, board):
     html = (run / "leaderboard.html").read_text()
     plots = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
     labels = [ElementTree.fromstring(plot).get("aria-label") for plot in plots]
-    assert [label.split()[0] for label in labels] == ["Differences", "Average", "Differences", *["Training"] * 3]
+    kinds = ["Differences:", "Average", "Average", "Differences", *["Training"] * 3]
+    assert [label.split()[0] for label in labels] == kinds
     dots = [plot.count("<circle") for plot in plots]
-    assert dots == [5, 6, 20, 0, 0, 0]
-    for plot in plots[3:]:  # loss, recall of trained pairs, recall of held-out ones
+    assert dots == [5, 6, 6, 20, 0, 0, 0]
+    for plot in plots[4:]:  # loss, recall of trained pairs, recall of held-out ones
         assert plot.count('class="curve"') == 6
         assert plot.count('class="seed"') == 6 * 3
-    assert "guessing: ln(64) = 4.16" in plots[3]
+    assert "guessing: ln(64) = 4.16" in plots[4]
     assert not re.search(r"\b(nan|inf)\b", "".join(plots))
     assert "http" not in html.replace("http-equiv", "")
     titles = re.findall(r"<h2>(.*?)</h2>", html)
-    assert titles[0] == "Difference to no_filter"
-    assert titles[2] == "Leaderboard"
+    assert titles[:3] == ["Better than no_filter?", "Score against kept fraction", "Leaderboard"]
     assert {"Funnel", "Overlap", "Used and spent", "Tasks", "Where it comes from"} <= set(titles)
     assert {"Training curves", "What the trainings did"} <= set(titles)
     assert "Score against samples seen" not in titles  # one budget
+
+
+@pytest.mark.parametrize("repeats", [[0.3, 1.6, 40.0], [2.0, 2.0, 2.0]])
+def test_repeats_are_drawn_where_they_are(tmp_path, monkeypatch, repeats):
+    """A doubling is as wide everywhere."""
+    board = build_report(str(write_run(tmp_path, (0,), {name: STRATEGIES[name] for name in list(STRATEGIES)[:3]})))
+    for row, value in zip(board.rows, repeats, strict=True):
+        object.__setattr__(row, "repeats", value)
+    plot = plots.score_against_repeats(board)
+    x = [float(value) for value in re.findall(r'<circle cx="([\d.]+)"', plot)]
+    ticks = {
+        float(text): float(at) for at, text in re.findall(r'<text x="([\d.]+)" y="288" [^>]*>([\d.]+)</text>', plot)
+    }
+    low, high = min(ticks), max(ticks)
+    assert low <= min(repeats) and max(repeats) <= high
+    for value, place in zip(repeats, x, strict=True):
+        share = np.log(value / low) / np.log(high / low)
+        assert place == pytest.approx(ticks[low] + share * (ticks[high] - ticks[low]), abs=0.2)
+
+
+def test_the_policy_names_the_hash_of_the_one_script(run, board):
+    html = (run / "leaderboard.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    policy = re.search(r'content="(default-src[^"]*)"', html)[1].replace("&#x27;", "'")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
+    assert "unsafe-eval" not in policy and "unsafe-inline" not in policy.partition("style-src")[0]
+    assert re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script) is None
+    assert script == "".join((Path(markup.__file__).parent / name).read_text() for name in markup.SCRIPTS)
+
+
+def test_versions_are_those_of_the_trainings(run, board):
+    trainings = list(board.run.trainings)
+    for i, version in ((0, "2.9.1"), (1, "2.9.1"), (2, "2.10.0")):
+        facts = trainings[i].facts | {"versions": {"torch": version, "open_clip_torch": "3.2.0"}, "code": "abc1234"}
+        trainings[i] = dataclasses.replace(trainings[i], facts=facts)
+    changed = dataclasses.replace(board, run=dataclasses.replace(board.run, trainings=tuple(trainings)))
+    lines = [line.split(None, 1) for line in version_lines(changed)]
+    assert lines == [["winnow", "0.1.0"], ["code", "abc1234"], ["torch", "2.9.1, 2.10.0"], ["open_clip_torch", "3.2.0"]]
+    assert "torch                2.9.1, 2.10.0" in html_page(changed)
 
 
 def add_contamination(run: Path, matched: dict[str, list[str]], **own) -> None:
@@ -433,3 +502,148 @@ def test_a_contamination_stage_that_failed_gives_its_reason(tmp_path):
     assert board.cleaned[0].tasks == ()
     assert "hashes: &lt;b&gt;no disk" in (run / "leaderboard.html").read_text()
     assert json.loads((run / "leaderboard.json").read_text())["contamination"][0]["error"] == "hashes: <b>no disk</b>"
+
+
+def with_control(data) -> None:
+    """The run's clip_top30 has random30 as its control: as many rows at random."""
+    next(entry for entry in data["strategies"] if entry["name"] == "clip_top30")["control"] = "random30"
+
+
+def test_a_filter_is_compared_with_as_many_rows_at_random(tmp_path):
+    run = write_run(tmp_path)
+    edit_run(run, with_control)
+    board = build_report(str(run))
+    row = row_of(board, "clip_top30")
+    assert row.control == "random30"
+    found = row.control_difference
+    assert found.value == pytest.approx(row.average.value - row_of(board, "random30").average.value)
+    assert found.verdict == "better"
+    assert found.p_holm == found.p  # the only one
+    assert row_of(board, "basic_and_clip").control_difference is None
+    assert "as many rows at random (" not in board.headline
+    text = f"+{100 * found.value:.1f} ± {100 * found.half_width:.1f}, better"
+    markdown = (run / "leaderboard.md").read_text()
+    assert "| vs random |" in markdown
+    assert text in markdown
+    (record,) = [row for row in json.loads((run / "leaderboard.json").read_text())["rows"] if row["control"]]
+    assert record["strategy"] == "clip_top30"
+    assert record["control_difference"]["verdict"] == "better"
+    lines = {line["strategy"]: line for line in csv.DictReader(io.StringIO((run / "leaderboard.csv").read_text()))}
+    assert lines["clip_top30"]["control"] == "random30"
+    assert float(lines["clip_top30"]["control_difference"]) == pytest.approx(found.value, rel=1e-7)
+    assert lines["no_filter"]["control_verdict"] == ""
+
+
+def test_a_filter_that_only_beats_the_baseline_is_not_called_better_data(tmp_path):
+    strategies = {
+        "no_filter": (None, -1.2, "", ()),
+        "random30": (0.3, -0.3, "", ()),
+        "clip_top30": (0.3, -0.1, "", ()),
+    }
+    run = write_run(tmp_path, strategies=strategies)
+    edit_run(run, with_control)
+    board = build_report(str(run))
+    row = row_of(board, "clip_top30")
+    assert (row.difference.verdict, row.control_difference.verdict) == ("better", "tie")
+    remark = r"But clip_top30 does not beat as many rows at random \(random30: \S+ ± \d\.\d points, p = \d\.\d{3}\): "
+    remark += "the gain is that of a smaller set, not shown to be that of better data."
+    assert board.rows[1].strategy.name == "clip_top30"
+    assert re.search(remark, board.headline)
+    assert len(re.findall(remark, terminal_table(board))) == 1
+    second = make_leaderboard(
+        read_run(str(write_run(tmp_path / "other", strategies=strategies | {"sharp": (0.2, 0.8, "", ())})))
+    )
+    assert "at random" not in second.headline
+    run = next((tmp_path / "other" / "runs").iterdir())
+    edit_run(run, with_control)
+    board = build_report(str(run))
+    assert "at random" not in board.headline  # it is not about the one that leads
+    assert len(re.findall(remark, terminal_table(board))) == 1
+
+
+def test_a_control_that_is_not_there_gives_no_difference(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1))
+
+    def change(data):
+        with_control(data)
+        data["strategies"][3]["control"] = "random21"  # not compared
+        data["results"] = [r for r in data["results"] if (r["strategy"], r["task"]) != ("random30", "objects")]
+
+    edit_run(run, change)
+    board = build_report(str(run))
+    assert row_of(board, "clip_top30").control == "random30"
+    assert row_of(board, "basic_and_clip").control is None
+    assert not any(row.control_difference for row in board.rows)
+
+
+def test_places_hold_the_place_by_average(board, tmp_path):
+    contenders = [row for row in board.rows if row.strategy.label == ""]
+    by_average = sorted(contenders, key=lambda row: -row.average.value)
+    for place, row in enumerate(by_average, start=1):
+        best, worst = row.rank_interval
+        assert 1 <= best <= place <= worst <= len(contenders)
+    assert row_of(board, "planted_truth").rank_interval is None
+    assert row_of(board, "clip_top30").rank_interval[0] == 1
+    assert row_of(board, "no_filter").rank_interval[1] == len(contenders)
+    assert places_text(row_of(board, "clip_top30")) in ("1 to 2", "1 to 3")
+    one = make_leaderboard(read_run(str(write_run(tmp_path / "one", seeds=(0,)))))
+    assert not any(row.rank_interval for row in one.rows)
+
+
+def test_json_has_item_noise_of_every_value_and_difference(run, board):
+    data = json.loads((run / "leaderboard.json").read_text())
+    for row in data["rows"]:
+        for name, estimate in row["tasks"].items():
+            low, high = estimate["items"]
+            assert 0 <= low < estimate["value"] < high <= 1
+            if row["strategy"] != "no_filter":
+                found = row["task_differences"][name]
+                assert found["items"][0] <= found["value"] <= found["items"][1]
+        assert row["average"]["items"] is None
+    one = next(result for result in data["results"] if result["task"] == "objects")
+    assert one["items"] == pytest.approx(wilson(one["value"], 600), rel=1e-6)
+
+
+def test_averages_over_lists_of_tasks_are_in_every_format(tmp_path):
+    tasks = {
+        "retrieval/flickr_1k_test_image_text_retrieval": ("zeroshot_retrieval", "mean_recall@1", 0.01),
+        "retrieval/mscoco_2014_5k_test_image_text_retrieval": ("zeroshot_retrieval", "mean_recall@1", 0.01),
+        "imagenet1k": ("zeroshot_classification", "acc1", 0.001),
+    }
+    run = write_run(tmp_path, seeds=(0, 1), tasks=tasks, num_items=60)
+    edit_run(run, lambda data: [task.update(counted=True, clean=True) for task in data["tasks"]])
+    board = build_report(str(run))
+    row = row_of(board, "clip_top30")
+    assert row.aggregates["imagenet"].value == row.task_scores["imagenet1k"].value
+    assert row.aggregates["retrieval"].missing == ("misc/winogavil",)
+    assert len(row.aggregates["datacomp"].missing) == 35
+    expected = np.mean(
+        [(row.task_scores[name].value - chance) / (1 - chance) for name, (_, _, chance) in tasks.items()]
+    )
+    assert row.aggregates["chance_adjusted"].value == pytest.approx(expected)
+    assert row.aggregates["chance_adjusted"].half_width > row.average.half_width
+    markdown = (run / "leaderboard.md").read_text()
+    assert "| strategy | chance-adjusted | ImageNet |" in markdown
+    data = json.loads((run / "leaderboard.json").read_text())
+    assert data["aggregates"]["vtab"]["title"] == "VTAB (13)"
+    assert data["rows"][1]["aggregates"]["retrieval"]["missing"] == ["misc/winogavil"]
+    (line,) = [
+        line
+        for line in csv.DictReader(io.StringIO((run / "leaderboard.csv").read_text()))
+        if line["strategy"] == "clip_top30"
+    ]
+    assert float(line["imagenet"]) == pytest.approx(row.aggregates["imagenet"].value, rel=1e-7)
+    assert line["datacomp"] == ""
+
+
+def test_seeds_that_matter_more_for_one_strategy_are_noted(tmp_path, board):
+    assert not any("Bartlett" in note for note in board.notes)
+    run = write_run(tmp_path, seeds=(0, 1, 2, 3), tasks={"objects": TASKS["objects"]})
+    for number, result in enumerate(json.loads((run / "run.json").read_text())["results"]):
+        step = 0.2 if result["strategy"] == "random30" else 0.001
+        path = tmp_path / result["path"] / "result.json"
+        path.write_text(json.dumps({"metrics": {"acc1": 0.4 + step * (number % 2)}}))
+    notes = [note for note in build_report(str(run)).notes if "Bartlett" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("Seeds differ by 11.5 points (standard deviation) with random30 and by 0.1 with ")
+    assert "p < 0.001" in notes[0]

@@ -21,7 +21,7 @@ from pipeline import runs
 from pipeline.core import config
 from pipeline.core.errors import ConfigError
 from pipeline.report import build_report, read_run, samples, terminal_table
-from stages.selection import gallery
+from stages.selection import gallery, thumbnails
 from tests.engine_fixture import run_here
 from tests.report_fixture import STRATEGIES, edit_run, write_artifact, write_run
 
@@ -75,7 +75,7 @@ def page(run):
 def jpeg(number=0, size=(96, 64)) -> bytes:
     data = io.BytesIO()
     noise = np.random.default_rng(number).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-    Image.fromarray(noise).save(data, "JPEG", quality=gallery.JPEG_QUALITY)
+    Image.fromarray(noise).save(data, "JPEG", quality=thumbnails.JPEG_QUALITY)
     return data.getvalue()
 
 
@@ -235,12 +235,12 @@ def test_the_gallery_shows_pictures_and_captions_as_text(tmp_path):
     assert "kept:  top 0.3 of clip_score 0.281 caption 1" in text
     assert "removed:  top 0.3 of clip_score 0.281 caption 3" in text
     assert "removed: at random words > 2 (no caption)" in text
-    assert "script" not in found.tags
     assert "<script>alert(1)</script>" in text
     assert len(found.fetched) == 4
     assert all(re.fullmatch(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", source) for source in found.fetched)
     html = (run / "leaderboard.html").read_text()
     assert "img-src data:" in html
+    assert html.count("<script") == 1  # the page's own
     assert not {"\x1b", "\u202e"} & set(html)
     assert "y" * 302 not in html
     markdown = (run / "leaderboard.md").read_text()
@@ -320,7 +320,8 @@ def test_a_run_makes_galleries_and_shares_and_the_report_shows_them(tmp_path):
     overrides += ["models={}", "strategies.basic_and_clip={all_of: [basic]}"]
     plan = planning.build(config.load(TINY, overrides), TINY)
     strategies = ("no_filter", "basic", "oracle")
-    targets = [f"{name}/{step}" for name in strategies for step in ("gallery", "shares")] + ["trusted_only/gallery"]
+    targets = [f"{name}/{step}" for name in strategies for step in ("gallery", "shares")]
+    targets += ["trusted_only/gallery", "profile"]
     assert "trusted_only/shares" not in plan.steps
     outcome = run_here(plan, targets)
     assert outcome.failures == {}

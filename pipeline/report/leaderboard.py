@@ -6,50 +6,22 @@ there is no average over some of the tasks. Fractions are 0..1 here; percent is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from pipeline.core import storage
+from pipeline.core.config import BesideConfig
+from pipeline.report.aggregates import CHANCE_ADJUSTED, Aggregate, aggregates_of, is_datacomp
 from pipeline.report.records import OUTSIDE_LABELS, Contamination, Result, Run, Strategy, Task, Training, read_run
-from pipeline.report.uncertainty import (
-    CONFIDENCE,
-    Influence,
-    Uncertainty,
-    could_be_best,
-    half_width,
-    holm,
-    two_sided_p,
-    uncertainty_of_means,
-)
+from pipeline.report.scores import Difference, Estimate, Measured, Scores
+from pipeline.report.uncertainty import could_be_best, equal_seed_variance_p, half_width, rank_intervals
 
-LEVEL = 1 - CONFIDENCE
+if TYPE_CHECKING:
+    from pipeline.report.elsewhere import Beside
+
+UNEQUAL_LEVEL = 0.01  # of the test that seeds matter equally for all strategies
 MANY_TASKS = 8  # above this, tables show the averages of groups in place of their tasks
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds with half of its 95 % interval; both None where tasks are missing."""
-
-    value: float | None = None
-    half_width: float | None = None
-    missing: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A strategy minus the baseline.
-
-    `p` is the t-test's, `p_holm` the same adjusted for the number of strategies; both None with one seed.
-    `verdict`: better, worse, tie, or "item noise only".
-    """
-
-    value: float
-    half_width: float
-    p: float | None = None
-    p_holm: float | None = None
-    verdict: str = "item noise only"
 
 
 @dataclass(frozen=True)
@@ -66,7 +38,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy. `rank` is 0 for the baseline, then by average; None without an average."""
+    """One strategy. `rank` is 0 for the baseline, then by average; None without an average.
+
+    `rank_interval` is the best and the worst place that it can have among those that compete (the baseline does), at
+    95 % for all rows together; None with one seed and for those outside. `control` is the compared strategy that takes
+    as many rows at random.
+    """
 
     rank: int | None
     strategy: Strategy
@@ -84,6 +61,10 @@ class Row:
     gpu_hours: float | None
     checkpoints: tuple[str, ...]
     reasons: tuple[str, ...]  # why something is missing, one line each
+    control: str | None = None
+    control_difference: Difference | None = None
+    rank_interval: tuple[int, int] | None = None
+    aggregates: dict[str, Estimate] = field(default_factory=dict)  # by Aggregate.name
 
 
 @dataclass(frozen=True)
@@ -117,6 +98,8 @@ class Leaderboard:
     notes: tuple[str, ...]
     cleaned: tuple[Cleaned, ...] = ()
     smaller: tuple[Leaderboard, ...] = ()
+    aggregates: tuple[Aggregate, ...] = ()
+    beside: Beside | None = None
 
     @property
     def by_budget(self) -> tuple[Leaderboard, ...]:
@@ -124,12 +107,19 @@ class Leaderboard:
         return (self, *self.smaller)
 
 
-def build_report(run_path: str) -> Leaderboard:
-    """The leaderboard of the run in this folder, written beside run.json as leaderboard.{md,json,csv,html}."""
+def build_report(run_path: str, beside: Sequence[BesideConfig] | None = None) -> Leaderboard:
+    """The leaderboard of the run in this folder, written beside run.json as leaderboard.{md,json,csv,html}.
+
+    Args:
+        beside: what is shown beside it; None: what the run recorded.
+    """
+    from pipeline.report.elsewhere import recorded, with_beside
     from pipeline.report.page import html_page
     from pipeline.report.tables import csv_text, json_text, markdown_text
 
-    board = make_leaderboard(read_run(run_path))
+    run = read_run(run_path)
+    run, found = with_beside(run, recorded(run) if beside is None else beside)
+    board = replace(make_leaderboard(run), beside=found)
     folder = storage.absolute(run_path)
     texts = {"md": markdown_text(board), "json": json_text(board), "csv": csv_text(board), "html": html_page(board)}
     for extension, text in texts.items():
@@ -145,7 +135,8 @@ def make_leaderboard(run: Run) -> Leaderboard:
 
 
 def _make_one(run: Run, samples_seen: int | None) -> Leaderboard:
-    values = _values(run.results)
+    scores = Scores(run.results)
+    values = scores.values
     trainings = {s.name: [t for t in run.trainings if t.strategy == s.name] for s in run.compared}
     names = [s.name for s in run.compared]
     all_tasks = tuple(task.name for task in run.tasks)
@@ -154,20 +145,26 @@ def _make_one(run: Run, samples_seen: int | None) -> Leaderboard:
     def seeds_with(tasks: Sequence[str], strategy: str) -> list[int]:
         return [t.seed for t in trainings[strategy] if all((strategy, t.seed, task) in values for task in tasks)]
 
-    complete = {name: seeds_with(all_tasks, name) if all_tasks else [] for name in names}
+    averaged = tuple(task.name for task in run.averaged)
+    complete = {name: seeds_with(averaged, name) if averaged else [] for name in names}
 
-    def measure(tasks: tuple[str, ...]) -> _Measured:
-        seeds = {name: complete[name] or seeds_with(tasks, name) for name in names}
-        return _measure(values, {name: found for name, found in seeds.items() if found}, tasks)
+    def measure(tasks: tuple[str, ...], chance: Mapping[str, float] | None = None) -> Measured:
+        inside = set(tasks) <= set(averaged)
+        seeds = {name: (inside and complete[name]) or seeds_with(tasks, name) for name in names}
+        return scores.measure({name: found for name, found in seeds.items() if found}, tasks, chance)
 
     by_column = {column.name: measure(column.tasks) for column in columns}
     by_task = {task: measure((task,)) for task in all_tasks}
-    average = _measure(values, {name: seeds for name, seeds in complete.items() if seeds}, all_tasks)
+    average = scores.measure({name: seeds for name, seeds in complete.items() if seeds}, averaged)
 
-    differences = average.differences(run.baseline)
-    task_differences = {task: measured.differences(run.baseline) for task, measured in by_task.items()}
-    standings = _standings(run.compared, average)
+    to_baseline = {name: run.baseline for name in names if name != run.baseline}
+    controls = {s.name: s.control for s in run.compared if s.control in names}
+    differences, control_differences = average.differences(to_baseline), average.differences(controls)
+    task_differences = {task: measured.differences(to_baseline) for task, measured in by_task.items()}
+    standings, rank_intervals_ = _standings(run.compared, average)
     ranks = _ranks(average, run.baseline)
+    aggregates = aggregates_of(run.averaged)
+    estimates = {a.name: _aggregate_estimates(a, run.averaged, names, values, measure) for a in aggregates}
     rows = []
     for strategy in run.compared:
         name = strategy.name
@@ -179,7 +176,7 @@ def _make_one(run: Run, samples_seen: int | None) -> Leaderboard:
                 strategy=strategy,
                 scores={c.name: by_column[c.name].estimate(name, _missing(c.tasks, name, values)) for c in columns},
                 task_scores={t: by_task[t].estimate(name, _missing((t,), name, values)) for t in all_tasks},
-                average=average.estimate(name, _missing_for_average(all_tasks, trainings[name], values)),
+                average=average.estimate(name, _missing_for_average(averaged, trainings[name], values)),
                 standing=standings.get(name, ""),
                 difference=differences.get(name),
                 task_differences={t: found[name] for t, found in task_differences.items() if name in found},
@@ -191,36 +188,69 @@ def _make_one(run: Run, samples_seen: int | None) -> Leaderboard:
                 gpu_hours=_mean_fact(done, "gpu_hours"),
                 checkpoints=tuple(t.checkpoint for t in done if t.checkpoint),
                 reasons=_reasons(run, strategy, trainings[name], values),
+                control=controls.get(name),
+                control_difference=control_differences.get(name),
+                rank_interval=rank_intervals_.get(name),
+                aggregates={a.name: estimates[a.name][name] for a in aggregates},
             )
         )
     rows.sort(key=lambda row: (row.rank is None, row.rank or 0, row.strategy.name != run.baseline))
     one_seed = bool(average.names) and average.uncertainty.seed_df == 0
-    headline = _headline(rows, run.baseline, len(all_tasks), one_seed, average)
-    cleaned = tuple(_cleaned(found, run, values) for found in run.contamination)
-    return Leaderboard(run, samples_seen, columns, tuple(rows), one_seed, headline, run.notes, cleaned)
+    headline = _headline(rows, run.baseline, len(averaged), one_seed, average)
+    whole = scores if run.whole_results is None else Scores(run.whole_results)
+    cleaned = tuple(_cleaned(found, run, whole) for found in run.contamination)
+    return Leaderboard(
+        run=run,
+        samples_seen=samples_seen,
+        columns=columns,
+        rows=tuple(rows),
+        one_seed=one_seed,
+        headline=headline,
+        notes=(*run.notes, *_unequal_seeds(average)),
+        cleaned=cleaned,
+        aggregates=aggregates,
+    )
 
 
-def _values(results: Sequence[Result]) -> dict[tuple[str, int, str], Result]:
-    return {(r.strategy, r.seed, r.task): r for r in results if r.value is not None}
+def _aggregate_estimates(
+    aggregate: Aggregate,
+    tasks: Sequence[Task],
+    names: Sequence[str],
+    values: Mapping[tuple[str, int, str], Result],
+    measure: Callable[..., Measured],
+) -> dict[str, Estimate]:
+    """The average of each strategy, or what it lacks."""
+    if aggregate.name == CHANCE_ADJUSTED:
+        chance = {task.name: task.chance for task in tasks if task.chance is not None and task.chance < 1}
+        lacking = tuple(f"chance of {task}" for task in aggregate.missing(chance))
+        measured = measure(aggregate.tasks, chance) if not lacking else None
+    else:
+        lacking = aggregate.missing({task.name for task in tasks if is_datacomp(task)})
+        measured = measure(aggregate.tasks) if not lacking else None
+    if measured is None:
+        return {name: Estimate(missing=lacking) for name in names}
+    return {name: measured.estimate(name, _missing(aggregate.tasks, name, values)) for name in names}
 
 
-def _cleaned(found: Contamination, run: Run, values: Mapping[tuple[str, int, str], Result]) -> Cleaned:
-    left = _values(found.results)
+def _cleaned(found: Contamination, run: Run, scores: Scores) -> Cleaned:
+    left = Scores(found.results)
     names = [strategy.name for strategy in run.compared]
     seeds = {name: [t.seed for t in run.trainings if t.strategy == name] for name in names}
 
     def measure(tasks: Sequence[str]) -> dict[str, tuple[Estimate, Estimate]]:
         both = {
-            name: [seed for seed in seeds[name] if all((name, seed, task) in left for task in tasks)] for name in names
+            name: [seed for seed in seeds[name] if all((name, seed, task) in left.values for task in tasks)]
+            for name in names
         }
         there = {name: counted for name, counted in both.items() if counted}
-        pair = (_measure(values, there, tasks), _measure(left, there, tasks))
-        missing = {name: _missing(tasks, name, left) for name in names}
+        pair = (scores.measure(there, tasks), left.measure(there, tasks))
+        missing = {name: _missing(tasks, name, left.values) for name in names}
         return {name: (pair[0].estimate(name, missing[name]), pair[1].estimate(name, missing[name])) for name in names}
 
     tasks = tuple(task.name for task in run.tasks if task.name in found.tasks and found.tasks[task.name].matched)
     by_task = {task: measure((task,)) for task in tasks}
-    errors = {(r.strategy, r.seed, r.task): r.error for r in run.results}
+    whole = run.results if run.whole_results is None else run.whole_results
+    errors = {(r.strategy, r.seed, r.task): r.error for r in whole}
     reasons = [
         f"{r.task}: {r.error}" for r in found.results if r.error and r.error != errors[r.strategy, r.seed, r.task]
     ]
@@ -228,71 +258,9 @@ def _cleaned(found: Contamination, run: Run, values: Mapping[tuple[str, int, str
         found,
         tasks,
         {name: {task: by_task[task][name] for task in tasks} for name in names},
-        measure(tuple(task.name for task in run.tasks)) if run.tasks else {},
+        measure(tuple(task.name for task in run.averaged)) if run.tasks else {},
         tuple(dict.fromkeys(reasons)),
     )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """The means of the strategies that have every task asked for, and their uncertainty. S may be 0."""
-
-    names: list[str]
-    means: np.ndarray
-    uncertainty: Uncertainty
-
-    def estimate(self, name: str, missing: tuple[str, ...]) -> Estimate:
-        if name not in self.names:
-            return Estimate(missing=missing)
-        i = self.names.index(name)
-        variance, df = self.uncertainty.of_contrast(np.eye(len(self.names))[i])
-        return Estimate(float(self.means[i]), half_width(variance, df))
-
-    def contrast(self, name: str, other: str) -> tuple[float, float, float]:
-        """Value, variance and degrees of freedom of one strategy minus another."""
-        unit = np.eye(len(self.names))
-        weights = unit[self.names.index(name)] - unit[self.names.index(other)]
-        return (float(weights @ self.means), *self.uncertainty.of_contrast(weights))
-
-    def differences(self, baseline: str) -> dict[str, Difference]:
-        others = [name for name in self.names if name != baseline]
-        if baseline not in self.names or not others:
-            return {}
-        contrasts = {name: self.contrast(name, baseline) for name in others}
-        if self.uncertainty.seed_df == 0:
-            return {n: Difference(value, half_width(v, df)) for n, (value, v, df) in contrasts.items()}
-        p_values = [two_sided_p(*contrasts[name]) for name in others]
-        result = {}
-        for name, p, adjusted in zip(others, p_values, holm(p_values), strict=True):
-            value, variance, df = contrasts[name]
-            verdict = "tie" if adjusted > LEVEL else "better" if value > 0 else "worse"
-            result[name] = Difference(value, half_width(variance, df), p, adjusted, verdict)
-        return result
-
-
-def _measure(
-    values: Mapping[tuple[str, int, str], Result], seeds: Mapping[str, Sequence[int]], tasks: Sequence[str]
-) -> _Measured:
-    names = list(seeds)
-    scores = [
-        np.array([np.mean([values[name, seed, task].value for task in tasks]) for seed in seeds[name]])
-        for name in names
-    ]
-    influences = []
-    for task in tasks:
-        found = [[values[name, seed, task] for seed in seeds[name]] for name in names]
-        if found and all(result.influence is not None for results in found for result in results):
-            influences.append([_influence(results) for results in found])
-    means = np.array([y.mean() for y in scores])
-    return _Measured(names, means, uncertainty_of_means(scores, influences, len(tasks)))
-
-
-def _influence(results: Sequence[Result]) -> Influence:
-    groups = np.unique(np.concatenate([result.groups for result in results]))
-    by_seed = np.zeros((len(results), len(groups)))
-    for row, result in zip(by_seed, results, strict=True):
-        row[np.searchsorted(groups, result.groups)] = result.influence
-    return Influence(groups, by_seed)
 
 
 def _columns(tasks: Sequence[Task]) -> tuple[Column, ...]:
@@ -345,28 +313,47 @@ def _reasons(
     )
 
 
-def _ranks(average: _Measured, baseline: str) -> dict[str, int]:
+def _ranks(average: Measured, baseline: str) -> dict[str, int]:
     """Rank by name: 0 the baseline, then by average; equal averages by name."""
     means = dict(zip(average.names, average.means, strict=True))
     others = sorted((name for name in means if name != baseline), key=lambda name: (-means[name], name))
     return {name: rank for rank, name in enumerate(others, start=1)} | ({baseline: 0} if baseline in means else {})
 
 
-def _standings(strategies: Sequence[Strategy], average: _Measured) -> dict[str, str]:
-    """Best, could be best, worse; an outsider's label instead: it competes with nobody."""
+def _unequal_seeds(average: Measured) -> list[str]:
+    """A note where seeds matter more for some strategies than for others: the pooled variance is not theirs."""
+    p = equal_seed_variance_p(average.scores)
+    if p is None or p > UNEQUAL_LEVEL:
+        return []
+    deviations = {
+        name: float(y.std(ddof=1)) for name, y in zip(average.names, average.scores, strict=True) if len(y) > 1
+    }
+    most, least = max(deviations, key=deviations.__getitem__), min(deviations, key=deviations.__getitem__)
+    note = (
+        f"Seeds differ by {percent(deviations[most])} points (standard deviation) with {most} and by "
+        f"{percent(deviations[least])} with {least} (Bartlett's test, {p_text(p)}); one deviation is taken for all, so "
+        f"intervals are too narrow for {most} and too wide for {least}"
+    )
+    return [note]
+
+
+def _standings(strategies: Sequence[Strategy], average: Measured) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Best, could be best, worse, and the places that each can have; an outsider's label: it competes with nobody."""
     outside = {s.name: s.label for s in strategies if s.label in OUTSIDE_LABELS}
     contenders = [i for i, name in enumerate(average.names) if name not in outside]
     standings = {name: outside[name] for name in average.names if name in outside}
     if len(contenders) < 2 or average.uncertainty.seed_df == 0:
-        return standings
-    possible = could_be_best(average.means[contenders], average.uncertainty.subset(contenders))
+        return standings, {}
+    means, uncertainty = average.means[contenders], average.uncertainty.subset(contenders)
+    possible = could_be_best(means, uncertainty)
     for i, could in zip(contenders, possible, strict=True):
         standings[average.names[i]] = ("best" if possible.sum() == 1 else "could be best") if could else "worse"
-    return standings
+    places = rank_intervals(means, uncertainty).tolist()
+    return standings, {average.names[i]: (best, worst) for i, (best, worst) in zip(contenders, places, strict=True)}
 
 
-def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool, average: _Measured) -> str:
-    """Who won, by how much, and whether that is more than noise."""
+def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool, average: Measured) -> str:
+    """Who won, by how much, whether that is more than noise, and more than as many rows at random."""
     ranked = [row for row in rows if row.average.value is not None]
     contenders = sorted(
         (row for row in ranked if row.strategy.label not in OUTSIDE_LABELS),
@@ -384,6 +371,8 @@ def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool
             f"{first.strategy.name} has the highest average, {percent(first.average.value)} %, but with one seed "
             "the intervals hold item noise only; cannot name a winner."
         )
+    remark = control_remark(first)
+    beyond = f" {remark}" if remark else ""
     if first.standing == "best" and (first.difference is None or first.difference.verdict == "better"):
         second = contenders[1]
         value, variance, df = average.contrast(first.strategy.name, second.strategy.name)
@@ -392,17 +381,30 @@ def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool
         if first.strategy.name == baseline:
             return f"{baseline} wins: {reached}, {ahead}. No filter helped here."
         if second.strategy.name == baseline:
-            return f"{first.strategy.name} wins: {reached}, {ahead}{_meaning(first)}."
-        return f"{first.strategy.name} wins: {reached}, {_over(first, baseline)}, and {ahead}."
+            return f"{first.strategy.name} wins: {reached}, {ahead}{_meaning(first)}.{beyond}"
+        return f"{first.strategy.name} wins: {reached}, {_over(first, baseline)}, and {ahead}.{beyond}"
     tied = [row.strategy.name for row in contenders[1:] if row.standing == "could be best"]
     lead = f"{first.strategy.name} leads with {reached}"
     if first.strategy.name != baseline:
         lead += f", {_over(first, baseline)}"
     if not tied:
-        return f"{lead}."
+        return f"{lead}.{beyond}"
     if len(tied) == 1:
-        return f"{lead}. It is a tie with {tied[0]}: either could be best."
-    return f"{lead}. It is a tie with {', '.join(tied[:-1])} and {tied[-1]}: any of them could be best."
+        return f"{lead}. It is a tie with {tied[0]}: either could be best.{beyond}"
+    return f"{lead}. It is a tie with {', '.join(tied[:-1])} and {tied[-1]}: any of them could be best.{beyond}"
+
+
+def control_remark(row: Row) -> str:
+    """What to think of a strategy that beats the baseline but not as many rows at random; empty for others."""
+    against = row.control_difference
+    if against is None or row.difference is None or row.difference.verdict != "better" or against.verdict == "better":
+        return ""
+    size = f"{points(against.value)} ± {percent(against.half_width)} points, {p_text(against.p_holm)}"
+    verb = "is worse than" if against.verdict == "worse" else "does not beat"
+    return (
+        f"But {row.strategy.name} {verb} as many rows at random ({row.control}: {size}): "
+        "the gain is that of a smaller set, not shown to be that of better data."
+    )
 
 
 def _over(row: Row, baseline: str) -> str:

@@ -1,4 +1,6 @@
-"""The page's plots as SVG elements. Colours come from the page's style sheet, so they follow light and dark.
+"""The page's plots as SVG elements, and its heat map as a table.
+
+Colours come from the page's style sheet, so they follow light and dark.
 
 Drawn by hand rather than by matplotlib: the text stays text in the reader's font, any name can be drawn without font
 metrics or glyph warnings, colours are CSS classes, and equal numbers give equal bytes.
@@ -12,15 +14,38 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.report.leaderboard import Difference, Leaderboard, Row, percent, plain, points
-from pipeline.report.markup import Markup, element
+from pipeline.report.leaderboard import (
+    MANY_TASKS,
+    Difference,
+    Estimate,
+    Leaderboard,
+    Row,
+    p_text,
+    percent,
+    plain,
+    points,
+)
+from pipeline.report.markup import Markup, cut, element, short_name, table
+from pipeline.report.records import OUTSIDE_LABELS
 from pipeline.report.tables import strategy_text
 from pipeline.report.trainings import HELD_OUT_RECALL, LOSS, TRAIN_RECALL, Curve, chance_loss, curves
 
 WIDTH = 440
+FOREST_RIGHT = 116  # of it for values and verdicts
 NUM_COLOURS = 8
-CHAR_UNITS = 7.4  # a generous width of one character; the text is 11.5 units high, 14 on a phone
+LABEL_CHARS = 20  # of a name beside a mark
+HEAT_STEPS = 8  # classes m8 to m1, p0 to p8 of the style sheet
+CHAR_UNITS = 8.2  # a generous width of one bold character; the text is 11.5 units high, 13 on a phone
 
+
+# the CSS class of a standing
+STANDING_CLASSES = {
+    "best": "good",
+    "could be best": "good",
+    "worse": "neutral",
+    "oracle": "oracle",
+    "reference": "oracle",
+}
 
 Scale = tuple[list[float], Callable[[float], float]]  # ticks, and the position of a value
 
@@ -32,24 +57,52 @@ def colour_classes(board: Leaderboard) -> dict[str, str]:
     return classes | {board.run.baseline: "base"}
 
 
-def forest_plot(board: Leaderboard) -> Markup | None:
-    """Each strategy's difference to the baseline with its 95 % interval; None when there is no difference."""
-    rows = [row for row in board.rows if row.difference is not None]
-    if not rows:
-        return None
-    left, right, top, step = _label_width([strategy_text(row) for row in rows]), 112, 8, 36
-    height = top + step * len(rows) + 40
-    scale = _scale([row.difference for row in rows], left, WIDTH - right)
-    parts = [_zero_axis(scale, top, top + step * len(rows), f"points over {board.run.baseline}")]
-    for i, row in enumerate(rows):
-        y = top + step * (i + 0.5)
-        parts.append(_text(left - 12, y + 4, _cut(strategy_text(row)), anchor="end", class_="name"))
-        parts.append(_interval(scale, y, row.difference, _verdict_class(row.difference), strategy_text(row), 5.5))
-        x = WIDTH - right + 10
-        value = f"{points(row.difference.value)} ± {percent(row.difference.half_width)}"
-        parts.append(_text(x, y - 2, value, class_="number"))
-        parts.append(_text(x, y + 12, row.difference.verdict, class_="small"))
-    return _svg(height, parts, f"Differences to {board.run.baseline} with 95 % intervals")
+def difference_plots(board: Leaderboard) -> tuple[Markup | None, Markup | None]:
+    """Each strategy's difference to the baseline, and to its random control, with 95 % intervals.
+
+    Both have the same lines and the same scale, so that they can be read across. The first is None when no strategy has
+    a difference, the second when none has a control.
+    """
+    rows = [row for row in board.rows if row.difference or row.control_difference]
+    controls = {row.control for row in rows}
+    known = [found for row in rows for found in (row.difference, row.control_difference) if found]
+    if not known:
+        return None, None
+    scale = _scale(known, 18, WIDTH - FOREST_RIGHT - 16)
+    first = _forest(rows, scale, [(row.difference, "no average") for row in rows], board.run.baseline)
+    if not any(row.control_difference for row in rows):
+        return first, None
+    reasons = ["random itself" if row.strategy.name in controls else "no control" for row in rows]
+    second = list(zip((row.control_difference for row in rows), reasons, strict=True))
+    return first, _forest(rows, scale, second, "as many at random")
+
+
+def _forest(rows: Sequence[Row], scale: Scale, found: Sequence[tuple[Difference | None, str]], other: str) -> Markup:
+    """A line a row: name and standing above the interval, value and verdict beside it; a reason where there is none."""
+    top, step, x = 22, 46, WIDTH - FOREST_RIGHT
+    bottom, zero = top + step * len(rows), scale[1](0)
+    parts = [_zero_axis(scale, top, bottom, f"points, minus {other}")]
+    if zero > 7 * CHAR_UNITS:
+        parts.append(_text(zero - 6, 13, "\N{LEFTWARDS ARROW} worse", "end", "small"))
+    parts.append(_text(zero + 6, 13, "better \N{RIGHTWARDS ARROW}", "start", "small"))
+    for i, (row, (difference, reason)) in enumerate(zip(rows, found, strict=True)):
+        y = top + step * i
+        parts.append(_line(0, y, WIDTH, y, "grid"))
+        standing = row.standing or row.strategy.label
+        name = element("tspan", cut(row.strategy.name, 24), class_="name")
+        more = element("tspan", standing, dx=8, class_=f"small {STANDING_CLASSES.get(standing, '')}".rstrip())
+        parts.append(element("rect", x=0, y=_n(y + 3), width=x - 8, height=19, class_="paper"))  # no line through names
+        parts.append(element("text", name, more if standing else None, x=0, y=_n(y + 17)))
+        if difference is None:
+            parts.append(_text(x, y + 17, reason, class_="small"))
+            continue
+        class_ = _verdict_class(difference)
+        parts.append(_interval(scale, y + 32, difference, class_, f"{strategy_text(row)} minus {other}", 5.5))
+        value = f"{points(difference.value)} ± {percent(difference.half_width)}"
+        parts.append(_text(x, y + 17, value, class_="number"))
+        says = f"verdict {class_}" if difference.p is not None else "small"  # with one seed it is a remark
+        parts.append(_text(x, y + 36, difference.verdict, class_=says))
+    return _svg(bottom + 40, parts, f"Differences: each strategy minus {other}, with 95 % intervals")
 
 
 def task_differences(board: Leaderboard) -> Markup | None:
@@ -69,7 +122,11 @@ def task_differences(board: Leaderboard) -> Markup | None:
         if i:
             parts.append(_line(0, y - gap / 2, WIDTH, y - gap / 2, "grid"))
         middle = y + step * len(inside) / 2
-        parts.append(_text(left - 12, middle + 4, _cut(task.title + "*" * task.in_domain), anchor="end", class_="name"))
+        parts.append(
+            _text(
+                left - 12, middle + 4, cut(task.title + "*" * task.in_domain, LABEL_CHARS), anchor="end", class_="name"
+            )
+        )
         for row in inside:
             difference = row.task_differences[task.name]
             label = f"{task.title}, {strategy_text(row)}"
@@ -79,33 +136,126 @@ def task_differences(board: Leaderboard) -> Markup | None:
     return _svg(bottom + 40, parts, f"Differences to {board.run.baseline} per task with 95 % intervals")
 
 
+def heat_map(board: Leaderboard) -> Markup | None:
+    """A table of tasks by strategies: differences to the baseline in points, tinted; None when there is none.
+
+    A tint's strength is the difference as a fraction of the largest of those that compete, in HEAT_STEPS steps.
+    """
+    rows = [row for row in board.rows if row.task_differences]
+    tasks = [task for task in board.run.tasks if any(task.name in row.task_differences for row in rows)]
+    if not tasks:
+        return None
+    baseline = next(row for row in board.rows if row.strategy.name == board.run.baseline)
+    competing = [row for row in rows if row.strategy.label not in OUTSIDE_LABELS] or rows
+    largest = max(abs(found.value) for row in competing for found in row.task_differences.values()) or 1.0
+    heads = [
+        element("th", "task", class_="text"),
+        element("th", element("span", short_name(board.run.baseline)), element("small", "%")),
+        *(element("th", element("span", short_name(row.strategy.name))) for row in rows),
+    ]
+
+    def line(name: Markup, score: Estimate, found: Sequence[Difference | None], class_: str | None = None) -> Markup:
+        value = "N/A" if score.value is None else percent(score.value)
+        cells = [_heat_cell(difference, largest) for difference in found]
+        return element("tr", element("td", name, class_="strategy"), element("td", value), *cells, class_=class_)
+
+    body = []
+    if any(row.difference for row in rows):
+        name = element("span", f"average of {len(board.run.averaged)}")
+        body.append(line(name, baseline.average, [row.difference for row in rows], "average"))
+    groups = list(dict.fromkeys(task.group for task in tasks))
+    for group in groups:
+        if len(groups) > 1:
+            head = element("th", plain(group or "others"), class_="text", colspan=str(len(rows) + 2), scope="colgroup")
+            body.append(element("tr", head, class_="group"))
+        for task in tasks:
+            if task.group == group:
+                name = element("span", short_name(task.title), "*" * task.in_domain)
+                found = [row.task_differences.get(task.name) for row in rows]
+                body.append(line(name, baseline.task_scores[task.name], found))
+    marks = [f"{points(sign * largest * share)}" for sign, share in ((-1, 1), (-1, 0.5), (1, 0), (1, 0.5), (1, 1))]
+    steps = [f"m{i}" for i in range(HEAT_STEPS, 0, -1)] + ["p0"] + [f"p{i}" for i in range(1, HEAT_STEPS + 1)]
+    key = element(
+        "div",
+        element("span", "worse"),
+        element("div", *(element("i", "", class_=step) for step in steps), class_="ramp"),
+        element("span", "better"),
+        element("div", *(element("span", mark) for mark in marks), class_="marks"),
+        class_="heat key",
+    )
+    return element("div", key, table(heads, body, class_="heat turned" if len(rows) > MANY_TASKS else "heat"))
+
+
+def _heat_cell(difference: Difference | None, largest: float) -> Markup:
+    if difference is None:
+        return element("td", "-")
+    step = min(HEAT_STEPS, round(HEAT_STEPS * abs(difference.value) / largest))
+    class_ = f"{'m' if difference.value < 0 else 'p'}{step}"
+    about = f"± {percent(difference.half_width)}, {difference.verdict}"
+    if difference.p_holm is not None:
+        about += f", {p_text(difference.p_holm)}"
+    value = points(difference.value)
+    sure = difference.verdict in ("better", "worse")
+    return element("td", element("b", f"{value}•") if sure else value, class_=class_, title=about)
+
+
 def score_against_kept(board: Leaderboard) -> Markup | None:
     """Average against the kept fraction of the pool, with 95 % intervals; None without an average."""
-    rows = [row for row in board.rows if row.average.value is not None and row.strategy.kept_fraction]
+    found = {row.strategy.name: 100 * row.strategy.kept_fraction for row in board.rows if row.strategy.kept_fraction}
+    if not found:
+        return None
+    ends = (0.0, 100.0) if min(found.values()) >= 2 else (10.0 ** math.floor(math.log10(min(found.values()))), 100.0)
+    return _score_against(board, found, ends, "kept", "% of the pool")
+
+
+def score_against_repeats(board: Leaderboard) -> Markup | None:
+    """Average against how often a training sees each kept sample, with 95 % intervals; None without an average.
+
+    The smallest selections are seen most often: where the score falls at the right, more repeats may be why.
+    """
+    found = {row.strategy.name: row.repeats for row in board.rows if row.repeats}
+    if not found:
+        return None
+    low, high = min(found.values()), max(found.values())
+    ends = (2.0 ** math.floor(math.log2(low)), 2.0 ** math.ceil(math.log2(high * 1.001)))
+    return _score_against(board, found, ends, "repeats", "times each kept sample is seen")
+
+
+def _score_against(
+    board: Leaderboard, x_of_name: dict[str, float], ends: tuple[float, float], what: str, unit: str
+) -> Markup | None:
+    """Average with its 95 % interval against x; from 0 on x is linear, else logarithmic. None without an average."""
+    rows = [row for row in board.rows if row.average.value is not None and row.strategy.name in x_of_name]
     if not rows:
         return None
     classes = colour_classes(board)
-    kept = {row.strategy.name: row.strategy.kept_fraction for row in rows}
-    logarithmic = min(kept.values()) < 0.02
-    low_x = 10.0 ** math.floor(math.log10(min(kept.values()))) if logarithmic else 0.0
     left, right, top, bottom = 44, WIDTH - 12, 12, 270
+    low, high = ends
+    if low:
+        along = _linear(math.log(low), math.log(high), left, right)
+        base = 2 if what == "repeats" else 10
+        count = round(math.log(high / low, base))
+        every = max(1, -(-count // 8))
+        x_ticks = [low * base**e for e in range(0, count + 1, every)]
+    else:
+        along = _linear(low, high, left, right)
+        x_ticks = [high * i / 4 for i in range(5)]
 
-    def x_of(fraction: float) -> float:
-        share = math.log(fraction / low_x) / -math.log(low_x) if logarithmic else fraction
-        return left + share * (right - left)
+    def x_of(value: float) -> float:
+        return along(math.log(value) if low else value)
 
     lows = [row.average.value - row.average.half_width for row in rows]
     highs = [row.average.value + row.average.half_width for row in rows]
     ticks = _ticks(100 * min(lows), 100 * max(highs))
     y_of = _linear(ticks[0], ticks[-1], bottom, top)
     parts = [_y_axis(ticks, y_of, left, right, "average, %")]
-    x_ticks = [10.0**e for e in range(round(math.log10(low_x)), 1)] if logarithmic else [0, 0.25, 0.5, 0.75, 1]
     for tick in x_ticks:
-        parts.append(_text(x_of(tick), bottom + 18, f"{100 * tick:g}", anchor="middle", class_="small"))
-    parts.append(_text((left + right) / 2, bottom + 36, "kept, % of the pool", anchor="middle", class_="small"))
+        parts.append(_text(x_of(tick), bottom + 18, f"{tick:g}", anchor="middle", class_="small"))
+    parts.append(_text((left + right) / 2, bottom + 36, f"{what}, {unit}", anchor="middle", class_="small"))
     labels, marks = [], []
     for row in rows:
-        name, x = row.strategy.name, x_of(kept[row.strategy.name])
+        own = x_of_name[row.strategy.name]
+        x = x_of(own)
         value, width = 100 * row.average.value, 100 * row.average.half_width
         y = y_of(value)
         marks.append(
@@ -113,13 +263,13 @@ def score_against_kept(board: Leaderboard) -> Markup | None:
                 "g",
                 _line(x, y_of(value - width), x, y_of(value + width), "bar"),
                 element("circle", cx=_n(x), cy=_n(y), r=5, class_="dot"),
-                _title(f"{strategy_text(row)}: {value:.1f} ± {width:.1f} %, kept {100 * kept[name]:.3g} % of the pool"),
-                class_=classes[name],
+                _title(f"{strategy_text(row)}: {value:.1f} ± {width:.1f} %, {what} {own:.3g} {unit}"),
+                class_=classes[row.strategy.name],
             )
         )
-        labels.append((x, y, _cut(strategy_text(row))))
-    parts += [*_labels(labels, right), *marks]  # no label hides a mark
-    return _svg(bottom + 44, parts, "Average against the kept fraction with 95 % intervals")
+        labels.append((x, y, y - y_of(value + width), cut(row.strategy.name, LABEL_CHARS)))
+    parts += [*_labels(labels, left, right, bottom), *marks]  # no label hides a mark
+    return _svg(bottom + 44, parts, f"Average against {what} with 95 % intervals")
 
 
 def score_against_samples(board: Leaderboard) -> Markup | None:
@@ -253,13 +403,8 @@ def _title(text: str) -> Markup:
     return element("title", plain(text))
 
 
-def _cut(text: str, num_chars: int = 22) -> str:
-    text = plain(text)
-    return text if len(text) <= num_chars else text[: num_chars - 1] + "…"
-
-
 def _label_width(texts: Sequence[str]) -> float:
-    return 20 + CHAR_UNITS * max(len(_cut(text)) for text in texts)
+    return 20 + CHAR_UNITS * max(len(cut(text, LABEL_CHARS)) for text in texts)
 
 
 def _short(value: float) -> str:
@@ -330,17 +475,30 @@ def _verdict_class(difference: Difference) -> str:
     return {"better": "good", "worse": "bad"}.get(difference.verdict, "neutral")
 
 
-def _labels(labels: Sequence[tuple[float, float, str]], right: float) -> list[Markup]:
-    """Names beside their points, on the side that has room, moved down where they would overlap."""
-    taken: list[tuple[float, float, float]] = []  # left end, right end, baseline
+def _labels(
+    labels: Sequence[tuple[float, float, float, str]], left: float, right: float, bottom: float
+) -> list[Markup]:
+    """Names beside their points, on the side and at the height where nothing else is.
+
+    A name without room is left out, the last ones first: the mark's tooltip has it, and so has the table.
+
+    Args:
+        labels: (x, y, half of the interval's height, name).
+    """
+    taken = [(x - 7, x + 7, y - max(6.0, half), y + max(6.0, half)) for x, y, half, _ in labels]
     placed = []
-    for x, y, text in sorted(labels, key=lambda label: label[1]):
-        width, fits = CHAR_UNITS * len(text), x + 10 + CHAR_UNITS * len(text) <= right
-        start, baseline = (x + 10 if fits else x - 10 - width), y + 4
-        while clash := [b for a, z, b in taken if a < start + width and start < z and abs(b - baseline) < 13]:
-            baseline = max(clash) + 13
-        taken.append((start, start + width, baseline))
-        placed.append(_text(x + 10 if fits else x - 10, baseline, text, "start" if fits else "end", "name halo"))
+    for x, y, half, text in labels:
+        width = CHAR_UNITS * len(text)
+        anchors = {"start": (x + 10, x + 10), "end": (x - 10, x - 10 - width), "middle": (x, x - width / 2)}
+        beside = [(anchor, shift) for shift in (0, 12, -12) for anchor in ("start", "end")]
+        for anchor, shift in [*beside, ("middle", -half - 10), ("middle", half + 10)]:
+            own, start = anchors[anchor]
+            box = (start, start + width, y + shift - 6, y + shift + 6)
+            inside = left <= box[0] and box[1] <= right and box[2] > 0 and box[3] < bottom
+            if inside and all(box[1] <= a or b <= box[0] or box[3] <= c or d <= box[2] for a, b, c, d in taken):
+                taken.append(box)
+                placed.append(_text(own, y + shift + 4, text, anchor, "name halo"))
+                break
     return placed
 
 

@@ -3,51 +3,53 @@
 `<root>/runs/<id>/run.json` names what the run compared and which artifacts hold it, for example:
 
     {"config_name": "demo", "date": "2026-01-31T12:00:00Z", "metric_version": 1, "recipe": {"samples_seen": 16000, ...},
-     "pool": {"path": "pool-3f2a91c0d4e7", "rows": 10000, "ok": 9900, "failed": {"undecodable": 100}},
+     "pool": {"path": "pool-3f2a91c0d4e7", "digest": "5d1e..", "rows": 10000, "ok": 9900, "failed": {"too_large": 100}},
      "strategies": [{"name": "no_filter", "selection": null, "compared": true, "label": "", "uses": [], "error": null}],
      "tasks": [{"name": "objects", "type": "zeroshot_classification", "metric": "acc1", "chance": 0.1, ...}],
      "trainings": [{"strategy": "no_filter", "samples_seen": 16000, "seed": 0, "checkpoint": "checkpoint-0f..", ...}],
      "results": [{"strategy": "no_filter", "samples_seen": 16000, "seed": 0, "task": "objects", "path": ..., ...}],
      "contamination": [{"stage": "contamination", "path": "contamination-9b..", "error": null}],
      "shares": ["topic"], "published": {"no_filter": 13.2}, "published_note": "an older metric",
-     "baseline": "no_filter"}
+     "recipe_values": {"lr": 0.001, ...}, "beside": [{"run": "/elsewhere/runs/..."}], "baseline": "no_filter"}
 
-A strategy's `gallery` and `shares` are artifacts too: samples around its cuts, and of what its choice is made. Artifact
-paths are relative to the root. What can't be read becomes a reason in place of a value: a report never fails because
-one training did.
+A strategy's `gallery` and `shares` are artifacts too: samples around its cuts, and of what its choice is made. So is
+the pool's `profile`: {"path": ..., "error": null, "keeps_low": ["aspect_ratio"], "flagged": ["nsfw_score >= 0.5"]}.
+Artifact paths are relative to the root. What can't be read becomes a reason in place of a value: a report never fails
+because one training did.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core import storage
 from pipeline.core.artifact import read_record
 from pipeline.core.errors import WinnowError, one_line
 from pipeline.core.training_metrics import METRICS_FILE
-from pipeline.report.uncertainty import influence_of_items
+from pipeline.report.items import Items, items_of
+from pipeline.report.pool_profile import JPEG_START, MAX_CAPTION_CHARS, Profile, Sample, read_profile
 
 # Labels of strategies that are shown and compete with nobody: one reads planted truth, the other is no choice from the
 # pool but a whole reference.
 OUTSIDE_LABELS = ("oracle", "reference")
-MAX_CAPTION_CHARS = 300  # of a sample in a gallery
-JPEG_START = b"\xff\xd8\xff"
+PROBE = "linear_probe"  # the kind of task that fits a classifier to frozen features
 MAX_OVERLAP_UIDS = 1_000_000  # per strategy; larger selections are compared on a sample by hash of the uid
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: its metric (a key of result.json's metrics) and the value that guessing reaches, if known."""
+    """A benchmark: its metric (a key of result.json's metrics) and the value that guessing reaches, if known.
+
+    `counted`: one of the 38 of DataComp's average; `clean`: one of the 33 of them that its paper calls clean.
+    """
 
     name: str
     kind: str
@@ -56,6 +58,9 @@ class Task:
     group: str = ""
     in_domain: bool = False
     title: str = ""
+    counted: bool = False
+    clean: bool = False
+    digest: str = ""  # of its files
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,6 @@ class FunnelStep:
     rows_kept: int
     alone_kept: int | None = None
     only_removed: int | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A row that a gallery shows. `removed_by` is the first rule that removes it, empty where it is kept."""
-
-    uid: str
-    caption: str
-    value: str | None  # of the rule's column
-    removed_by: str
-    jpeg: bytes | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +124,8 @@ class Strategy:
     samples: tuple[SampleGroup, ...] = ()
     mixes: dict[str, Mix] = field(default_factory=dict)  # by column
     published: float | None = None  # an average from elsewhere, 0..1
+    control: str | None = None  # the compared strategy that takes as many rows at random
+    root: str = ""  # where its artifacts are
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class Training:
 class Result:
     """One checkpoint on one task: the metric's value (0..1), or the reason why there is none.
 
-    `groups` [G] and `influence` [G] say what each group of items adds to the value's item noise; None when unknown.
+    `items` are what the value is computed from; None when unknown.
     """
 
     strategy: str
@@ -159,8 +155,7 @@ class Result:
     path: str | None
     error: str | None
     value: float | None = None
-    groups: np.ndarray | None = None
-    influence: np.ndarray | None = None
+    items: Items | None = None
 
 
 @dataclass(frozen=True)
@@ -220,13 +215,23 @@ class Run:
     overlap: Overlap | None  # None with one strategy
     notes: tuple[str, ...]
     contamination: tuple[Contamination, ...] = ()
+    profile: Profile | None = None
     shares: tuple[str, ...] = ()  # columns of `mixes`
     published_note: str = ""
+    recipe_values: dict[str, Any] = field(default_factory=dict)  # all that decides weights; empty where not recorded
+    items_left_out: str | None = None  # the artifact that names the items of tasks that count in no score
+    whole_results: tuple[Result, ...] | None = None  # over all items, where some are left out of `results`
+    beside: tuple[dict[str, Any], ...] = ()  # `report.beside` of its config
 
     @property
     def compared(self) -> list[Strategy]:
         """The strategies that the run trains, in the order of the config."""
         return [strategy for strategy in self.strategies if strategy.compared]
+
+    @property
+    def averaged(self) -> tuple[Task, ...]:
+        """The tasks that averages are over: all but probes of frozen features, unless there are these alone."""
+        return tuple(task for task in self.tasks if task.kind != PROBE) or self.tasks
 
     @property
     def budgets(self) -> list[int]:
@@ -243,6 +248,7 @@ class Run:
             self,
             trainings=tuple(training for training in self.trainings if training.samples_seen == samples_seen),
             results=own(self.results),
+            whole_results=None if self.whole_results is None else own(self.whole_results),
             contamination=tuple(replace(found, results=own(found.results)) for found in self.contamination),
         )
 
@@ -268,9 +274,10 @@ def read_run(run_path: str) -> Run:
         header = {key: data.get(key) for key in ("config_name", "date", "winnow_version", "metric_version")}
         header |= {"recipe": data.get("recipe") or {}, "pool": data["pool"]}
         trainings = tuple(_training(root, entry) for entry in data["trainings"])
+        first_items: dict[str, Items] = {}
         found = [_contamination(root, entry) for entry in data.get("contamination", ())]
         pairs = [
-            _result(root, entry, by_name[entry["task"]], found, notes)
+            _result(root, entry, by_name[entry["task"]], found, notes, first_items)
             for entry in data["results"]
             if entry["task"] in by_name
         ]
@@ -279,9 +286,11 @@ def read_run(run_path: str) -> Run:
             replace(one, results=tuple(without[number] for _, without in pairs)) for number, one in enumerate(found)
         )
         baseline = data.get("baseline") or "no_filter"
+        left_out = next((one for one in contamination if one.stage == data.get("leave_out")), None)
     except KeyError as error:
         raise WinnowError(f"{place}: {error} is missing, expected what pipeline/runs.py writes") from error
-    overlap = _overlap(root, [s for s in strategies if s.compared], data["pool"], notes)
+    overlap = overlap_of([s for s in strategies if s.compared], notes)
+    profile = read_profile(root, data.get("profile"), notes)
     return Run(
         name=storage.name_of(run_path),
         header=header,
@@ -290,12 +299,17 @@ def read_run(run_path: str) -> Run:
         tasks=tasks,
         strategies=strategies,
         trainings=trainings,
-        results=results,
+        results=results if left_out is None else left_out.results,
+        whole_results=None if left_out is None else results,
         overlap=overlap,
         notes=tuple(notes),
         contamination=contamination,
+        profile=profile,
         shares=tuple(data.get("shares") or ()),
         published_note=data.get("published_note") or "",
+        recipe_values=data.get("recipe_values") or {},
+        items_left_out=left_out and left_out.path,
+        beside=tuple(data.get("beside") or ()),
     )
 
 
@@ -315,6 +329,9 @@ def _task(entry: Mapping[str, Any]) -> Task:
         group=entry.get("group") or "",
         in_domain=bool(entry.get("in_domain")),
         title=entry.get("title") or entry["name"],
+        counted=bool(entry.get("counted")),
+        clean=bool(entry.get("clean")),
+        digest=entry.get("digest") or "",
     )
 
 
@@ -367,6 +384,8 @@ def _strategy(
         samples=samples,
         mixes=mixes,
         published=published[entry["name"]] / 100 if entry["name"] in published else None,
+        control=entry.get("control"),
+        root=root,
     )
 
 
@@ -388,7 +407,7 @@ def _samples(path: str) -> tuple[SampleGroup, ...]:
             raise WinnowError(f"{storage.name_of(path)}: uid {row['uid']}: a thumbnail is no JPEG")
         removed_by = "" if row["removed_by"] is None else rules[row["removed_by"]]
         caption = row["caption"][: MAX_CAPTION_CHARS + 1]
-        sample = Sample(row["uid"], caption, row["value"], removed_by, jpeg)
+        sample = Sample(row["uid"], caption, row["value"], removed_by, jpeg, bool(row.get("flagged")))
         groups.setdefault((row["rule"], row["side"]), []).append(sample)
     return tuple(
         SampleGroup("" if number is None else rules[number], side, tuple(samples))
@@ -452,7 +471,12 @@ def _contamination(root: str, entry: Mapping[str, Any]) -> Contamination:
 
 
 def _result(
-    root: str, entry: Mapping[str, Any], task: Task, found: Sequence[Contamination], notes: list[str]
+    root: str,
+    entry: Mapping[str, Any],
+    task: Task,
+    found: Sequence[Contamination],
+    notes: list[str],
+    first_items: dict[str, Items],
 ) -> tuple[Result, list[Result]]:
     """The result, and the same without the items that each contamination stage found in the pool."""
     path, error = entry.get("path"), entry.get("error")
@@ -465,27 +489,23 @@ def _result(
             raise WinnowError(f"{path}: result.json has no metric {task.metric}, only {', '.join(sorted(metrics))}")
         value = float(metrics[task.metric])
         table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, path, "predictions.parquet"))))
-        items = _items(table, task.metric)
+        items = items_of(table, task.metric)
+        if items is not None:
+            items = items.sharing(first_items.setdefault(task.name, items))
     except (OSError, WinnowError, pa.ArrowException, KeyError, TypeError, ValueError) as reason:
         broken = replace(empty, error=one_line(reason))
         return broken, [broken] * len(found)
-    groups = influence = None
     if items is None:
         note = f"{task.name}: the item noise of {task.metric} is not known here; intervals that hold it are too narrow"
         if note not in notes:
             notes.append(note)
-    else:
-        groups, influence = influence_of_items(*items)
-        again = _mean_of_means(items[0], items[1])
-        if abs(again - value) > 1e-4:
-            notes.append(f"{path}: result.json says {task.metric} = {value:.6f}, its predictions say {again:.6f}")
-    result = replace(empty, value=value, groups=groups, influence=influence)
-    return result, [_without(result, task, items, one) for one in found]
+    elif abs(items.value - value) > 1e-4:
+        notes.append(f"{path}: result.json says {task.metric} = {value:.6f}, its predictions say {items.value:.6f}")
+    result = replace(empty, value=value, items=items)
+    return result, [_without(result, task, one) for one in found]
 
 
-def _without(
-    result: Result, task: Task, items: tuple[np.ndarray, np.ndarray, np.ndarray] | None, found: Contamination
-) -> Result:
+def _without(result: Result, task: Task, found: Contamination) -> Result:
     """The result over the items that are not in the pool, or the reason why it can't be known."""
     reason = found.error
     if reason is None and task.name not in found.tasks:
@@ -494,58 +514,26 @@ def _without(
         matched = found.tasks[task.name].matched
         if not matched:
             return result
-        if items is None:
+        if result.items is None:
             reason = f"the predictions do not tell {task.metric} of single items"
         else:
-            outcome, stratum, group = items
-            left = ~np.isin(group, np.array(sorted(matched)))
-            missing = len(matched) - len(np.unique(group[~left]))
+            names = np.array(sorted(matched))
+            missing = len(matched) - int(result.items.asks_about(names).sum())
+            left = result.items.left_by(names)
             if missing:
                 reason = f"{missing} of {len(matched)} images in the pool are not among the predictions"
-            elif not left.any():
+            elif left is None:
                 reason = "every image is in the pool"
             else:
-                groups, influence = influence_of_items(outcome[left], stratum[left], group[left])
-                value = _mean_of_means(outcome[left], stratum[left])
-                return replace(result, value=value, groups=groups, influence=influence)
-    return replace(result, value=None, groups=None, influence=None, error=reason)
+                return replace(result, value=left.value, items=left)
+    return replace(result, value=None, items=None, error=reason)
 
 
-def _items(table: pa.Table, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Outcome, stratum and group of each item, such that the metric is the mean over strata of the mean in each."""
-    if metric in ("acc1", "acc5", "mean_per_class_recall"):
-        label = _numpy(table["label"])
-        if metric == "acc5":
-            if "top5" not in table.column_names:
-                return None
-            top = table["top5"].combine_chunks()
-            owner = np.repeat(np.arange(len(label)), _numpy(pc.list_value_length(top)))
-            correct = np.bincount(owner, weights=_numpy(pc.list_flatten(top)) == label[owner], minlength=len(label))
-        else:
-            correct = _numpy(table["correct"]).astype(np.float64)
-        return correct, label if metric == "mean_per_class_recall" else np.zeros_like(label), _numpy(table["item"])
-    match = re.fullmatch(r"(image_retrieval|text_retrieval|mean)_recall@(\d+)", metric)
-    if match and f"hit@{match[2]}" in table.column_names:
-        # CLIP_benchmark's names say what is retrieved: image_retrieval starts from a text
-        start = {"image_retrieval": "text_to_image", "text_retrieval": "image_to_text"}.get(match[1])
-        if start:
-            table = table.filter(pc.equal(table["direction"], start))
-        hits = _numpy(table[f"hit@{match[2]}"]).astype(np.float64)
-        return hits, _numpy(table["direction"]), _numpy(table["group"])
-    return None
+def overlap_of(strategies: Sequence[Strategy], notes: list[str]) -> Overlap | None:
+    """What the kept rows of one pool have in common; None with one strategy. What can't be read is added to `notes`.
 
-
-def _numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    array = column.to_numpy(zero_copy_only=False)
-    return array.astype(str) if array.dtype == object else array
-
-
-def _mean_of_means(values: np.ndarray, stratum: np.ndarray) -> float:
-    return float(np.mean([values[stratum == one].mean() for one in np.unique(stratum)]))
-
-
-def _overlap(root: str, strategies: list[Strategy], pool: Mapping[str, Any], notes: list[str]) -> Overlap | None:
-    """What the kept rows have in common. The whole pool needs no list: every strategy's rows lie in it."""
+    The whole pool needs no list: every strategy's rows lie in it.
+    """
     if len(strategies) < 2:
         return None
     largest = max((s.kept_rows or 0 for s in strategies if s.selection), default=0)
@@ -555,7 +543,7 @@ def _overlap(root: str, strategies: list[Strategy], pool: Mapping[str, Any], not
         keys.append(None)
         if strategy.selection and strategy.kept_rows is not None:
             try:
-                keys[-1] = _uid_keys(storage.join(root, strategy.selection, "uids.npy"), one_in)
+                keys[-1] = _uid_keys(storage.join(strategy.root, strategy.selection, "uids.npy"), one_in)
             except (OSError, WinnowError, ValueError) as reason:
                 notes.append(f"{strategy.name}: no overlap: {one_line(reason)}")
     shared = _shared(keys) * one_in

@@ -39,11 +39,12 @@ def _strategy(strategy: Strategy, num: int) -> Markup:
 
 def _group(group: SampleGroup, num: int) -> Markup:
     what = element("code", plain(group.rule)) if group.rule else "at random"
-    figures = [_figure(sample) for sample in group.samples[:num]]
+    figures = [figure(sample) for sample in group.samples[:num]]
     return element("div", element("h3", f"{group.side}: ", what), element("div", *figures, class_="samples"))
 
 
-def _figure(sample: Sample) -> Markup:
+def figure(sample: Sample) -> Markup:
+    """A sample: its picture, blurred where it is flagged, and its caption."""
     caption = plain(sample.caption)
     cut = len(caption) > SHOWN_CAPTION_CHARS
     shown = f"{caption[: SHOWN_CAPTION_CHARS - 1]}…" if cut else caption
@@ -53,5 +54,6 @@ def _figure(sample: Sample) -> Markup:
         element("small", plain(sample.removed_by)) if sample.value is None and sample.removed_by else None,
         element("span", shown or "(no caption)", title=caption if cut else None),
     ]
-    picture = element("img", src=data, alt="") if data else None
+    class_ = "blurred" if sample.flagged else None
+    picture = element("img", src=data, alt="", class_=class_) if data else None
     return element("figure", picture, element("figcaption", *lines), title=f"uid {plain(sample.uid)}")

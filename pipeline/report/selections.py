@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.core import storage
+from pipeline.core.config import BesideConfig
 from pipeline.report.leaderboard import build_report, percent
+from pipeline.report.pool_page import TITLE, pool_text, write_pool_page
 from pipeline.report.records import Run, Strategy, read_run
 from pipeline.report.tables import number, plain, terminal_table
 
@@ -21,22 +23,26 @@ UIDS = "uids.npy"  # of a selection: sorted pairs of u8, as DataComp's subset fi
 NOTHING_TRAINED = "The pool has no images (pool.download: false), so these are selections: nothing was trained."
 
 
-def write_report(run_path: str, width: int | None = None) -> str:
+def write_report(run_path: str, width: int | None = None, beside: Sequence[BesideConfig] | None = None) -> str:
     """What the terminal shows of the run in this folder, whose report is written beside run.json.
 
     Args:
         width: of the terminal in characters; None: any.
+        beside: what a leaderboard shows beside the run; None: what the run recorded.
     """
     run = read_run(run_path)
-    if run.trainings:
-        page = storage.join(storage.absolute(run_path), "leaderboard.html")
-        return f"{terminal_table(build_report(run_path), width)}\nleaderboard: {page}"
     folder = storage.absolute(run_path)
+    pool_line = f"\n{TITLE} {write_pool_page(run, folder)}" if run.profile is not None else ""
+    if run.trainings:
+        page = storage.join(folder, "leaderboard.html")
+        return f"{terminal_table(build_report(run_path, beside), width)}\nleaderboard: {page}{pool_line}"
+    if not run.strategies:  # a run that ends at its stages
+        return (pool_text(run) if run.profile is not None else "\n".join(map(plain, run.notes))) + pool_line
     root = folder.rsplit("/", 2)[0]
     storage.write_bytes(storage.join(folder, "selections.json"), json_text(run, root).encode("utf-8", "replace"))
     path = storage.join(folder, "selections.txt")
     storage.write_bytes(path, whole_text(run, root).encode("utf-8", "replace"))
-    return f"{selections_table(run, root)}\nfunnels and overlaps: {path}"
+    return f"{selections_table(run, root)}\nfunnels and overlaps: {path}{pool_line}"
 
 
 def selections_table(run: Run, root: str) -> str:

@@ -25,12 +25,13 @@ from pipeline.report.choices import (
     overlap_cells,
     samples_line,
 )
+from pipeline.report.elsewhere import Beside, ImportedRow, apart_about, imported_about, imported_cells
 from pipeline.report.leaderboard import (
     MANY_TASKS,
     Cleaned,
-    Estimate,
     Leaderboard,
     Row,
+    control_remark,
     has_published,
     number,
     percent,
@@ -39,6 +40,7 @@ from pipeline.report.leaderboard import (
     published_text,
 )
 from pipeline.report.records import Result, Task
+from pipeline.report.scores import Difference, Estimate, item_interval
 from pipeline.report.trainings import (
     BUDGETS,
     DID,
@@ -50,7 +52,11 @@ from pipeline.report.trainings import (
 )
 
 # the first to go where a terminal is too narrow
-EXPENDABLE = ("checkpoint", "samples seen", "cost", "of pool", "repeats", "seeds")
+EXPENDABLE = ("checkpoint", "samples seen", "cost", "of pool", "repeats", "seeds", "choosing", "place", "kept")
+AVERAGES = (
+    "Chance-adjusted is the mean of (score - chance) / (1 - chance) over the tasks of this run. The others are over "
+    "DataComp's lists of tasks; clean are the 33 that its paper finds not near chance. None is over some of its tasks."
+)
 SCOPE = "Claims are about this pool, recipe and task list only: the best filter changes with scale."
 
 
@@ -95,11 +101,35 @@ def estimate_text(estimate: Estimate) -> str:
     return percent(estimate.value)
 
 
-def difference_text(row: Row) -> str:
-    """The difference to the baseline in points with its interval and what it means."""
-    if row.difference is None:
+def difference_text(difference: Difference | None) -> str:
+    """The difference in points with its interval and what it means, or a dash."""
+    if difference is None:
         return "-"
-    return f"{points(row.difference.value)} ± {percent(row.difference.half_width)}, {row.difference.verdict}"
+    return f"{points(difference.value)} ± {percent(difference.half_width)}, {difference.verdict}"
+
+
+def places_text(row: Row) -> str:
+    """The places that it can have among those that compete: `1 to 3`, or a dash."""
+    if row.rank_interval is None:
+        return "-"
+    best, worst = row.rank_interval
+    return str(best) if best == worst else f"{best} to {worst}"
+
+
+def aggregate_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
+    """Column names and one list of texts a row: averages over fixed lists of tasks, those that some row has."""
+    shown = [a for a in board.aggregates if any(row.aggregates[a.name].value is not None for row in board.rows)]
+    body = [
+        [strategy_text(row), *(_aggregate_text(row.aggregates[a.name], len(a.tasks)) for a in shown)]
+        for row in board.rows
+    ]
+    return ["strategy", *(aggregate.title for aggregate in shown)], body if shown else []
+
+
+def _aggregate_text(estimate: Estimate, num_tasks: int) -> str:
+    if estimate.value is None:
+        return f"N/A ({len(estimate.missing)} of {num_tasks} missing)"
+    return f"{percent(estimate.value)} ± {percent(estimate.half_width)}"
 
 
 def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
@@ -108,12 +138,16 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     names = ["#", "strategy", "kept", "of pool"]
     names += [c.name + ("" if not c.is_group else f" ({len(c.tasks)})") + _mark(c.tasks, tasks) for c in board.columns]
     has_column = has_published(board)
+    has_control = any(row.control_difference is not None for row in board.rows)
+    has_places = any(row.rank_interval is not None for row in board.rows)
     names += [
-        f"average ({len(tasks)})",
+        f"average ({len(board.run.averaged)})",
         "±",
         *(["published"] if has_column else []),
         f"vs {board.run.baseline}",
+        *(["vs random"] if has_control else []),
         "standing",
+        *(["place"] if has_places else []),
         "seeds",
         "samples seen",
     ]
@@ -133,8 +167,10 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
                 estimate_text(row.average),
                 "-" if row.average.half_width is None else percent(row.average.half_width),
                 *([published_text(row)] if has_column else []),
-                "baseline" if row.strategy.name == board.run.baseline else difference_text(row),
+                "baseline" if row.strategy.name == board.run.baseline else difference_text(row.difference),
+                *([difference_text(row.control_difference)] if has_control else []),
                 row.standing or "-",
+                *([places_text(row)] if has_places else []),
                 seeds_text(row),
                 samples_text(row),
                 "-" if row.repeats is None else f"{row.repeats:.3g}",
@@ -187,11 +223,20 @@ def remarks(board: Leaderboard) -> list[str]:
             "± is half of the 95 % interval, from item noise only (one seed)."
             if board.one_seed
             else "± is half of the 95 % interval, from seeds (variance pooled over strategies) and items. A verdict on "
-            f"a difference to {board.run.baseline} is a t-test with Holm's correction; the standing is by multiple "
-            "comparisons with the best."
+            "a difference is a t-test with Holm's correction; the standing is by multiple comparisons with the best; "
+            "the place is among those that compete, 95 % for all together."
         )
+    if any(row.control_difference is not None for row in board.rows):
+        lines.append("vs random: against as many rows at random, which are repeated as often in a training.")
+    lines += [remark for row in board.rows if (remark := control_remark(row)) and remark not in board.headline]
     if any(task.in_domain for task in board.run.tasks):
         lines.append("* in-domain: training images of the task are in the pool.")
+    if len(board.run.averaged) < len(board.run.tasks):
+        counted = len(board.run.averaged)
+        lines.append(f"Averages are over the {counted} zero-shot tasks; linear probes and few shots stand beside them.")
+    for found in board.run.contamination:
+        if found.path is not None and found.path == board.run.items_left_out:
+            lines.append(f"Images of tasks that {found.stage} found in the pool count in no score (eval.leave_out).")
     if has_published(board):
         note = f": {board.run.published_note}" if board.run.published_note else ""
         lines.append(f"Published averages are as the config gives them, not measured here{note}.")
@@ -213,6 +258,7 @@ def remarks(board: Leaderboard) -> list[str]:
     for cleaned in board.cleaned:
         more = "; leaderboard.md has the scores without them" if cleaned.tasks else ""
         lines.append(f"{found_text(cleaned)}{more}.")
+    lines += board.beside.remarks if board.beside else []
     return [*lines, *board.notes, SCOPE]
 
 
@@ -252,7 +298,7 @@ def _image_cells(cleaned: Cleaned) -> tuple[list[str], list[list[str]]]:
 def _score_cells(board: Leaderboard, cleaned: Cleaned) -> tuple[list[str], list[list[str]]]:
     """Column names and one list of texts a strategy: scores with -> without the images in the pool."""
     tasks = cleaned.tasks if len(cleaned.tasks) <= MANY_TASKS else ()  # JSON has them all
-    names = ["strategy", *tasks, f"average ({len(board.run.tasks)})"]
+    names = ["strategy", *tasks, f"average ({len(board.run.averaged)})"]
     body = []
     for row in board.rows:
         name = row.strategy.name
@@ -276,6 +322,8 @@ def terminal_table(board: Leaderboard, width: int | None = None) -> str:
     for name in EXPENDABLE:
         if width is None or sum(_widths(rows)) + 2 * len(rows[0]) - 2 <= width:
             break
+        if name not in rows[0]:
+            continue
         index = rows[0].index(name)
         rows = [line[:index] + line[index + 1 :] for line in rows]
         dropped.append(name)
@@ -309,6 +357,9 @@ def markdown_text(board: Leaderboard) -> str:
     lines += ["", *(f"- {_markdown(line)}" for line in remarks(board))]
     if line := samples_line(board):
         lines.append(f"- {line}")
+    names, body = aggregate_cells(board)
+    if body:
+        lines += ["", "## Averages", "", AVERAGES, "", *_markdown_table(names, body)]
     if board.smaller:
         lines += ["", "## Score against samples seen", "", BUDGETS, "", *_markdown_table(*budget_cells(board))]
     names, body = did_cells(board)
@@ -330,7 +381,20 @@ def markdown_text(board: Leaderboard) -> str:
             for names, body in cleaned_tables(board, cleaned):
                 lines += ["", *_markdown_table(names, body)]
             lines += ["", *(f"- {_markdown(reason)}" for reason in cleaned.reasons)]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_markdown_beside(board.beside or Beside())]) + "\n"
+
+
+def _markdown_beside(beside: Beside) -> list[str]:
+    """The sections on runs that stand apart, and on imported rows."""
+    lines = []
+    for part in beside.apart:
+        lines += ["", f"## Beside: {_markdown(part.label)}", "", _markdown(apart_about(part)), ""]
+        lines += [*_markdown_table(*cells(part.board)), ""]
+        lines += [f"- {label}: {_markdown(text)}" for label, text in header_lines(part.board)]
+    if beside.rows:
+        lines += ["", "## Results from elsewhere", "", _markdown(imported_about(beside)), ""]
+        lines += _markdown_table(*imported_cells(beside))
+    return lines
 
 
 def _markdown_table(names: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
@@ -347,10 +411,17 @@ def _markdown(text: object) -> str:
 
 
 def csv_text(board: Leaderboard) -> str:
-    """One line per strategy and budget, the largest budget first; fractions 0..1. Empty where there is no value."""
+    """One line per strategy and budget, the largest budget first; fractions 0..1. Empty where there is no value.
+
+    Lines of runs that stand apart and imported ones follow; `source` says whose they are.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    tasks = [task.name for task in board.run.tasks]
+    beside = board.beside or Beside()
+    boards = [("", board), *((part.label, part.board) for part in beside.apart)]
+    lines = [(source, _row_record(one, row)) for source, b in boards for one in b.by_budget for row in one.rows]
+    lines += [(row.source, _imported_record(row)) for row in beside.rows]
+    tasks = list(dict.fromkeys([*(task.name for _, b in boards for task in b.run.tasks), *beside.tasks]))
     names = ["rank", "strategy", "label", "kept_rows", "kept_fraction", *(_csv_text(task) for task in tasks)]
     names += [
         "average",
@@ -361,18 +432,35 @@ def csv_text(board: Leaderboard) -> str:
         "p",
         "p_holm",
         "verdict",
+        "control",
+        "control_difference",
+        "control_half_width",
+        "control_p",
+        "control_p_holm",
+        "control_verdict",
+        "best_place",
+        "worst_place",
     ]
+    aggregates = list(dict.fromkeys(a.name for owner in (*(b for _, b in boards), beside) for a in owner.aggregates))
+    names += aggregates
     names += ["standing", "num_seeds", "samples_seen", "repeats", "cpu_hours", "gpu_hours", "checkpoints", "missing"]
-    writer.writerow([*names, "reasons"])
-    for record in (_row_record(part, row) for part in board.by_budget for row in part.rows):
-        difference = record["difference"] or {}
-        values = [record["rank"], record["strategy"], record["label"], record["kept_rows"], record["kept_fraction"]]
-        values += [record["tasks"][task]["value"] for task in tasks]
-        values += [record["average"]["value"], record["average"]["half_width"], record["published"]]
+    writer.writerow([*names, "reasons", "source"])
+    for source, record in lines:
+        difference = record.get("difference") or {}
+        values = [record.get(key) for key in ("rank", "strategy", "label", "kept_rows", "kept_fraction")]
+        values += [record["tasks"].get(task, {}).get("value") for task in tasks]
+        values += [record["average"]["value"], record["average"]["half_width"], record.get("published")]
         values += [difference.get(key) for key in ("value", "half_width", "p", "p_holm", "verdict")]
-        values += [record["standing"], len(record["seeds"]), record["samples_seen"], record["repeats"]]
-        values += [record["cpu_hours"], record["gpu_hours"], " ".join(record["checkpoints"])]
-        values += [" ".join(record["average"]["missing"]), "; ".join(record["reasons"])]
+        against = record.get("control_difference") or {}
+        values += [record.get("control")]
+        values += [against.get(key) for key in ("value", "half_width", "p", "p_holm", "verdict")]
+        values += record.get("rank_interval") or [None, None]
+        values += [record["aggregates"].get(name, {}).get("value") for name in aggregates]
+        num_seeds = record.get("num_seeds", len(record.get("seeds", ())))
+        values += [record.get("standing"), num_seeds, record.get("samples_seen")]
+        values += [record.get(key) for key in ("repeats", "cpu_hours", "gpu_hours")]
+        values += [" ".join(record.get("checkpoints", ())), " ".join(record["average"]["missing"])]
+        values += ["; ".join(record.get("reasons", ())), source]
         writer.writerow([_csv_text(value) if isinstance(value, str) else value for value in values])
     return out.getvalue()
 
@@ -400,10 +488,13 @@ def json_text(board: Leaderboard) -> str:
                 "chance": task.chance,
                 "group": task.group,
                 "in_domain": task.in_domain,
+                "counted": task.counted,
+                "clean": task.clean,
                 "title": task.title,
             }
             for task in run.tasks
         ],
+        "aggregates": {a.name: {"title": a.title, "tasks": list(a.tasks)} for a in board.aggregates},
         "rows": [_row_record(board, row) | choices_record(row.strategy) for row in board.rows],
         "smaller_budgets": [_budget_record(part) for part in board.smaller],
         "trainings": {did.strategy: _rounded_all(did_record(did)) for did in what_they_did(board)},
@@ -415,6 +506,7 @@ def json_text(board: Leaderboard) -> str:
         "published_note": run.published_note,
         "notes": list(board.notes),
         "contamination": [_cleaned_record(cleaned) for cleaned in board.cleaned],
+        "beside": None if board.beside is None else _beside_record(board.beside),
     }
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -438,6 +530,10 @@ def _row_record(board: Leaderboard, row: Row) -> dict[str, Any]:
         "standing": row.standing,
         "difference": _difference_record(row.difference),
         "task_differences": {name: _difference_record(found) for name, found in row.task_differences.items()},
+        "control": row.control,
+        "control_difference": _difference_record(row.control_difference),
+        "rank_interval": None if row.rank_interval is None else list(row.rank_interval),
+        "aggregates": {name: _estimate_record(estimate) for name, estimate in row.aggregates.items()},
         "seeds": list(row.seeds),
         "seeds_planned": row.seeds_planned,
         "samples_seen": board.samples_seen,
@@ -459,9 +555,45 @@ def _budget_record(board: Leaderboard) -> dict[str, Any]:
     }
 
 
+def _beside_record(beside: Beside) -> dict[str, Any]:
+    return {
+        "joined": [
+            {
+                "run": joined.label,
+                "strategies": list(joined.added),
+                "same": joined.same,
+                "more_seeds": joined.more_seeds,
+                "left_out_samples_seen": list(joined.left_out),
+            }
+            for joined in beside.joined
+        ],
+        "apart": [
+            {"run": part.label, "unlike": list(part.unlike), **part.board.run.header}
+            | {"rows": [_row_record(one, row) for one in part.board.by_budget for row in one.rows]}
+            for part in beside.apart
+        ],
+        "imported": [_imported_record(row) for row in beside.rows],
+        "averages": {aggregate.name: list(aggregate.tasks) for aggregate in beside.aggregates},
+        "remarks": list(beside.remarks),
+    }
+
+
+def _imported_record(row: ImportedRow) -> dict[str, Any]:
+    return {
+        "strategy": row.name,
+        "source": row.source,
+        "tasks": {name: _estimate_record(estimate) for name, estimate in row.scores.items()},
+        "average": _estimate_record(row.average),
+        "aggregates": {name: _estimate_record(estimate) for name, estimate in row.aggregates.items()},
+        "noise_unknown": list(row.unknown_noise),
+        "num_seeds": 1,
+    }
+
+
 def _result_record(result: Result) -> dict[str, Any]:
     names = ("strategy", "samples_seen", "seed", "task", "value", "path", "error")
-    return {name: getattr(result, name) for name in names}
+    items = None if result.items is None or result.value is None else item_interval([result.items], result.value)
+    return {name: getattr(result, name) for name in names} | {"items": _interval(items)}
 
 
 def _cleaned_record(cleaned: Cleaned) -> dict[str, Any]:
@@ -499,10 +631,15 @@ def _estimate_record(estimate: Estimate) -> dict[str, Any]:
         "value": _rounded(estimate.value),
         "half_width": _rounded(estimate.half_width),
         "missing": list(estimate.missing),
+        "items": _interval(estimate.items),
     }
 
 
-def _difference_record(difference) -> dict[str, Any] | None:
+def _interval(interval: tuple[float, float] | None) -> list[float | None] | None:
+    return None if interval is None else [_rounded(end) for end in interval]
+
+
+def _difference_record(difference: Difference | None) -> dict[str, Any] | None:
     if difference is None:
         return None
     return {
@@ -511,6 +648,7 @@ def _difference_record(difference) -> dict[str, Any] | None:
         "p": _rounded(difference.p),
         "p_holm": _rounded(difference.p_holm),
         "verdict": difference.verdict,
+        "items": _interval(difference.items),
     }
 
 

@@ -163,6 +163,18 @@ def did_record(did: Did) -> dict[str, Any]:
     return {**{key: value for key, value in vars(did).items() if key != "strategy"}, "warnings": list(did.warnings)}
 
 
+def version_lines(board: Leaderboard) -> list[str]:
+    """`torch          2.9.1`, one a package that decides values, as the trainings found them; differing ones each."""
+    found: dict[str, list[str]] = {"winnow": [str(board.run.header["winnow_version"])]}
+    for training in (training for part in board.by_budget for training in part.run.trainings):
+        facts = training.facts
+        versions = {"code": facts.get("code"), **(facts.get("versions") or {})}
+        for name, version in versions.items():
+            if version is not None and str(version) not in found.setdefault(str(name), []):
+                found[str(name)].append(str(version))
+    return [f"{name:<20} {', '.join(versions)}" for name, versions in found.items() if versions]
+
+
 def budget_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Column names and one list of texts a strategy: its average at each budget, the smallest first."""
     parts = board.by_budget[::-1]

@@ -14,15 +14,16 @@ Shapes: S strategies, G independent groups of items (one item, or one image with
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 CONFIDENCE = 0.95
 NORMAL_DF = 1e6  # Student's t with this many degrees of freedom is the normal distribution to six digits
-NUM_DRAWS = 200_000  # for Dunnett's critical value: its standard error is then about 0.005
+NUM_DRAWS = 200_000  # for a critical value: its standard error is then about 0.005
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,6 @@ class Influence:
 
     groups: np.ndarray
     by_seed: np.ndarray
-
-
-def influence_of_items(correct: np.ndarray, stratum: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted group names [G] and the influence of each on a mean over strata of the mean in each stratum, [G] float64.
-
-    u_j = (x_j - mean_c) / (C sqrt(n_c (n_c - 1))) for item j of stratum c, summed within groups; the sum of u^2 is then
-    the stratified variance  sum_c s_c^2 / n_c / C^2  (Cochran, Sampling Techniques, 1977, 5.3; summing within groups
-    first is the cluster-robust form, Liang and Zeger 1986; Miller, arXiv 2411.00640, 2.2). A stratum of one item
-    tells nothing about its variance and adds none.
-
-    Args:
-        correct: [J] 0 or 1 (or any value). stratum: [J] class or direction; one value for a plain mean.
-        group: [J] items that share a group are not independent.
-    """
-    _, stratum_index, counts = np.unique(stratum, return_inverse=True, return_counts=True)
-    x = np.asarray(correct, dtype=np.float64)
-    means = np.bincount(stratum_index, weights=x) / counts
-    scale = len(counts) * np.sqrt(counts * np.maximum(counts - 1.0, 1.0))
-    u = (x - means[stratum_index]) / scale[stratum_index]
-    groups, group_index = np.unique(group, return_inverse=True)
-    return groups, np.bincount(group_index, weights=u, minlength=len(groups))
 
 
 @dataclass(frozen=True)
@@ -108,6 +88,15 @@ def pooled_seed_variance(scores: Sequence[np.ndarray]) -> tuple[float, int]:
     return (squares / df, df) if df else (0.0, 0)
 
 
+def equal_seed_variance_p(scores: Sequence[np.ndarray]) -> float | None:
+    """The p-value of equal variances between seeds, or None where fewer than two strategies have two unlike scores.
+
+    Bartlett's test (Proceedings of the Royal Society A 1937, 160, 268-282). Pooling takes equal variances for granted.
+    """
+    several = [y for y in scores if len(y) > 1 and np.ptp(y) > 0]
+    return float(stats.bartlett(*several).pvalue) if len(several) > 1 else None
+
+
 def item_covariance(influences: Sequence[Influence]) -> tuple[np.ndarray, int]:
     """[S, S] covariance of the strategies' means over seeds that comes from the choice of items, and its df, G - 1.
 
@@ -117,7 +106,9 @@ def item_covariance(influences: Sequence[Influence]) -> tuple[np.ndarray, int]:
     and McCulloch, Variance Components, 1992, 4.3). With one seed nothing can be taken off. Negative eigenvalues,
     which the subtraction can leave, are set to zero.
     """
-    names = np.unique(np.concatenate([influence.groups for influence in influences]))
+    names = influences[0].groups
+    if any(influence.groups is not names for influence in influences):
+        names = np.unique(np.concatenate([influence.groups for influence in influences]))
     mean_SG = np.zeros((len(influences), len(names)))
     extra_S = np.zeros(len(influences))
     for i, influence in enumerate(influences):
@@ -131,22 +122,20 @@ def item_covariance(influences: Sequence[Influence]) -> tuple[np.ndarray, int]:
 
 
 def uncertainty_of_means(
-    scores: Sequence[np.ndarray], influences_by_task: Sequence[Sequence[Influence]], num_tasks: int = 1
+    scores: Sequence[np.ndarray], item_covariances: Sequence[tuple[np.ndarray, int]]
 ) -> Uncertainty:
     """The uncertainty of each strategy's mean over seeds of the average over tasks.
 
     Args:
         scores: per strategy [n_i], the average over tasks of each seed.
-        influences_by_task: per task with known items, per strategy, the seeds in the order of `scores`.
-        num_tasks: how many tasks the average is over, those without known items included.
+        item_covariances: item_covariance of each task with known items, times the square of its weight in the average.
     """
     variance, df = pooled_seed_variance(scores)
-    covariances = [item_covariance(influences) for influences in influences_by_task]
     return Uncertainty(
         seed=np.array([variance / len(y) for y in scores]),
         seed_df=df,
-        items=[covariance / num_tasks**2 for covariance, _ in covariances],
-        items_df=[df for _, df in covariances],
+        items=[covariance for covariance, _ in item_covariances],
+        items_df=[df for _, df in item_covariances],
     )
 
 
@@ -177,21 +166,55 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def dunnett_critical_value(correlation: np.ndarray, df: float) -> float:
-    """The one-sided 95 % point of the largest of several correlated t statistics that share their variance estimate.
+def wilson(value: float, num: float) -> tuple[float, float]:
+    """The 95 % interval of a proportion in `num` independent items (Wilson, Journal of the American Statistical
+    Association 1927, 22, 209-212).
 
-    P(max_j T_j <= d) = 0.95, T multivariate t (Dunnett, Journal of the American Statistical Association 1955).
-    Found as the quantile of a fixed sample: the same number every time, within about 0.01 of the tables.
+    It stays within 0..1, and is no point where no item or every item is right. For an average that is no plain
+    proportion, `num` is the number of items of one with the same variance: value (1 - value) / variance + 1 (as for
+    surveys: Franco, Little, Louis and Slud, Journal of Survey Statistics and Methodology 2019, 7, 334-364).
+    """
+    z = float(special.ndtri(0.5 + CONFIDENCE / 2))
+    centre = (value + z**2 / (2 * num)) / (1 + z**2 / num)
+    half = z / (1 + z**2 / num) * np.sqrt(value * (1 - value) / num + z**2 / (4 * num**2))
+    return max(float(centre - half), 0.0), min(float(centre + half), 1.0)
+
+
+def critical_value(contrasts: np.ndarray, covariance: np.ndarray, df: float, two_sided: bool = False) -> float:
+    """The 95 % point of the largest of several correlated t statistics that share their variance estimate.
+
+    P(max_j T_j <= d) = 0.95, T multivariate t: Dunnett's value (Journal of the American Statistical Association 1955)
+    for the differences to one mean; with two_sided, of |T_j|, Tukey's (The Problem of Multiple Comparisons, 1953) for
+    the differences of all pairs. Found as the quantile of a fixed sample: the same number every time, within about 0.01
+    of the tables.
 
     Args:
-        correlation: [m, m] of the statistics; 0.5 off the diagonal for equal seeds and no item noise.
+        contrasts: [m, S] weights of the means in each difference. covariance: [S, S] of the means.
+        df: of the variance estimate; NORMAL_DF and more is the normal distribution.
     """
-    rng = np.random.Generator(np.random.PCG64(0))
-    values, vectors = np.linalg.eigh(correlation)
+    errors = _errors(contrasts, covariance)
+    if not errors.any():
+        return 0.0
+    values, vectors = np.linalg.eigh(covariance)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
-    normal = rng.standard_normal((NUM_DRAWS, len(correlation))) @ root.T
-    scale = np.sqrt(rng.chisquare(df, NUM_DRAWS) / df) if df < NORMAL_DF else 1.0
-    return float(np.quantile(normal.max(axis=1) / scale, CONFIDENCE))
+    normal_NS = _standard_normal(NUM_DRAWS, len(covariance)) @ root.T
+    chi_square = np.random.Generator(np.random.PCG64(1)).chisquare
+    scale_N = np.sqrt(chi_square(df, NUM_DRAWS) / df) if df < NORMAL_DF else 1.0
+    largest_N = np.full(NUM_DRAWS, -np.inf)
+    for weights, error in zip(contrasts, errors, strict=True):
+        if error > 0:
+            t_N = normal_NS[:, weights != 0] @ (weights[weights != 0] / error)
+            np.maximum(largest_N, np.abs(t_N) if two_sided else t_N, out=largest_N)
+    return float(np.quantile(largest_N / scale_N, CONFIDENCE))
+
+
+@functools.lru_cache(maxsize=2)
+def _standard_normal(num_draws: int, num: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(0)).standard_normal((num_draws, num))
+
+
+def _errors(contrasts: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.maximum(np.einsum("ms,st,mt->m", contrasts, covariance, contrasts), 0.0))
 
 
 def could_be_best(means: np.ndarray, uncertainty: Uncertainty) -> np.ndarray:
@@ -209,15 +232,32 @@ def could_be_best(means: np.ndarray, uncertainty: Uncertainty) -> np.ndarray:
     covariance = uncertainty.covariance()
     result = np.ones(num, dtype=bool)
     for i in range(num):
-        others = [j for j in range(num) if j != i]
-        contrasts = np.array([np.eye(num)[i] - np.eye(num)[j] for j in others])
-        between = contrasts @ covariance @ contrasts.T
-        errors = np.sqrt(np.maximum(np.diag(between), 0.0))
-        safe = np.where(errors > 0, errors, 1.0)
-        correlation = between / np.outer(safe, safe)
-        np.fill_diagonal(correlation, 1.0)
+        others = np.delete(np.arange(num), i)
+        contrasts = np.eye(num)[i] - np.eye(num)[others]
         df = min(uncertainty.of_contrast(contrast)[1] for contrast in contrasts)
-        d = dunnett_critical_value(correlation, df)
+        d = critical_value(contrasts, covariance, df)
         gaps = means[i] - means[others]
-        result[i] = bool(np.all((gaps + d * errors > 0) | (gaps >= 0)))
+        result[i] = bool(np.all((gaps + d * _errors(contrasts, covariance) > 0) | (gaps >= 0)))
     return result
+
+
+def rank_intervals(means: np.ndarray, uncertainty: Uncertainty) -> np.ndarray:
+    """[S, 2] int: the best and the worst place that each strategy can have, at 95 % for all of them together.
+
+    From all pairwise comparisons: 1 + how many are better than it beyond Tukey's value, S - how many are worse (Al
+    Mohamad, Goeman and van Zwet, Simultaneous confidence intervals for ranks with application to ranking institutions,
+    Biometrics 2022, 78, 238-247; arXiv 1708.02428). Equals share all of their places.
+
+    Args:
+        means: [S]. uncertainty: of these means, in this order; at least two strategies.
+    """
+    num = len(means)
+    first, second = np.triu_indices(num, 1)
+    contrasts = np.eye(num)[first] - np.eye(num)[second]
+    covariance = uncertainty.covariance()
+    df = min(uncertainty.of_contrast(contrast)[1] for contrast in contrasts)
+    gaps = contrasts @ means
+    apart = np.abs(gaps) > critical_value(contrasts, covariance, df, two_sided=True) * _errors(contrasts, covariance)
+    better = np.zeros((num, num), dtype=bool)  # [i, j]: i is better than j
+    better[first, second], better[second, first] = apart & (gaps > 0), apart & (gaps < 0)
+    return np.stack([1 + better.sum(axis=0), num - better.sum(axis=1)], axis=1)
