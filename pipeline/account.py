@@ -72,6 +72,16 @@ def _files_used(stage: Stage) -> list[str]:
     return phrases
 
 
+def controls(plan: Plan) -> dict[str, str]:
+    """{strategy: the first compared strategy that is nothing but a random set of its size}, of those that have one."""
+    found: dict[str, str] = {}
+    for name in plan.config.compare:
+        definition = plan.config.strategies[name] or {}
+        if set(definition) == {"random"} and definition["random"].get("as_many_as") in plan.config.compare:
+            found.setdefault(definition["random"]["as_many_as"], name)
+    return found
+
+
 def label(plan: Plan, strategy: str) -> str:
     """`oracle` for a strategy that reads planted truth, `reference` for one that is no choice from the pool, or ""."""
     if "reference" in (plan.config.strategies[strategy] or {}):

@@ -26,12 +26,12 @@ from pipeline.core.passes import Passes, timed
 from pipeline.core.training_metrics import METRICS_FILE
 from pipeline.runs import Outcome
 from pipeline.states import Status
-from pipeline.steps import Plan, Step, Training, reference_role, references_of
+from pipeline.steps import Plan, Profiling, Step, TaskImages, Training, reference_role, references_of
 from stages.base import Stage
 from stages.column_files import Column
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
-from stages.selection import choose, gallery, shares, train_set
+from stages.selection import choose, gallery, pool_profile, shares, train_set
 from stages.stage_worker import Reference, StageJob, StageWorker, fit, fit_path
 
 POLL_S = 0.25
@@ -104,6 +104,7 @@ class Executor:
     def _grouped(self, ready: list[str], running: Mapping[Any, list[str]]) -> list[list[str]]:
         """Stages of the same resources read each shard once; the tasks of one checkpoint load its model once."""
         groups: dict[Any, list[str]] = {}
+        dealt: dict[Any, int] = {}  # the tasks of a checkpoint, over so many workers as the config gives to `eval`
         trainings = sum(self.plan.steps[names[0]].kind == "checkpoint" for names in running.values())
         most = self.plan.config.resources("train").max_concurrent
         for name in ready:
@@ -113,6 +114,8 @@ class Executor:
                 key = ("stages", step.inputs["pool"], step.inputs.get("within"), repr(self._resources(step)))
             elif step.kind == "results":
                 key = ("results", step.inputs["checkpoint"])
+                dealt[key] = dealt.get(key, -1) + 1
+                key = (*key, dealt[key] % (self._resources(step).workers or 1))
             elif step.kind == "checkpoint":
                 if most is not None and trainings >= most:
                     continue
@@ -161,8 +164,10 @@ class Executor:
             "selection": self._run_selection,
             "gallery": self._run_gallery,
             "shares": self._run_shares,
+            "profile": self._run_profile,
             "train_set": self._run_train_set,
             "checkpoint": self._run_training,
+            "task_images": self._run_task_images,
         }
 
     def _finish(
@@ -362,9 +367,17 @@ class Executor:
 
     def _choice(self, step: Step, statuses: Mapping[str, Status]) -> tuple:
         """The arguments of choose.select, of a step that chooses or that looks at a choice."""
-        chosen, name, exclude = step.work
+        chosen, name, exclude, *flagged = step.work
         columns = self._columns(step, statuses)
-        return _path(statuses, step.inputs["pool"]), columns, chosen, name, _path(statuses, step.name), exclude
+        return (
+            _path(statuses, step.inputs["pool"]),
+            columns,
+            chosen,
+            name,
+            _path(statuses, step.name),
+            exclude,
+            *flagged,
+        )
 
     def _run_selection(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         self.progress.start(label, 1, "steps")
@@ -375,6 +388,15 @@ class Executor:
     def _run_gallery(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
         facts = self._one(label, gallery.write_gallery, self._choice(step, statuses), step)
         self.progress.end(label, f"{facts['samples']} samples")
+        return facts, {}
+
+    def _run_profile(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        work: Profiling = step.work
+        arguments = (_path(statuses, step.inputs["pool"]), self._columns(step, statuses), work.types, work.scores)
+        arguments += (work.groups, _path(statuses, step.name), work.exclude, work.flagged)
+        self.progress.start(label, 1, "steps")
+        facts = self._one(label, pool_profile.write_profile, arguments, step)
+        self.progress.end(label, f"{facts['columns']} columns")
         return facts, {}
 
     def _run_shares(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
@@ -431,6 +453,28 @@ class Executor:
         self.progress.end(label)
         return facts, {"fact_files": [METRICS_FILE]}
 
+    def _run_task_images(self, label: str, step: Step, statuses: Mapping[str, Status]) -> tuple[dict, dict]:
+        work: TaskImages = step.work
+        resources = self._resources(step).model_copy(update={"gpus": 0.0, "workers": None})
+        data, out_path = runs.task_data(self.plan, work.task, statuses), _path(statuses, step.name)
+        start = work.start
+        if "start" in step.inputs:
+            start = {"folder": storage.join(_path(statuses, step.inputs["start"]), "open_clip")}
+        arguments = (work.recipe.model, work.recipe.image_size_px, start)
+        (preprocess,) = self.engine.map(remote.preprocess_of, [arguments], [f"{label}/preprocess"], resources)
+        shards = data.shards + data.train_shards
+        self.progress.start(label, len(shards), "tars")
+        done = self.engine.map(
+            remote.store_pixels,
+            [(data, shard, preprocess, out_path, _threads(resources)) for shard in shards],
+            [f"{label}/{shard}" for shard in shards],
+            resources,
+            lambda index, stored: self.progress.advance(label, 1, stored["images"]),
+        )
+        facts = {key: sum(stored[key] for stored in done) for key in ("images", "bytes")}
+        self.progress.end(label, f"{facts['images']:,} images")
+        return facts, {}
+
     def _run_results(self, label: str, steps: list[Step], statuses: Mapping[str, Status]) -> dict[str, str]:
         started = time.monotonic()
         resources = self._resources(steps[0])
@@ -440,10 +484,11 @@ class Executor:
         architecture = self.plan.recipe.model
         arguments = (
             {"folder": storage.join(checkpoint.path, "open_clip")},
-            tasks,
-            [_path(statuses, step.name) for step in steps],
             architecture if isinstance(architecture, str) else "custom",
             checkpoint.name,
+            tasks,
+            [_path(statuses, step.inputs["images"]) for step in steps],
+            [_path(statuses, step.name) for step in steps],
             _device(resources),
             resources.batch_size or 256,
             _threads(resources),
@@ -481,12 +526,12 @@ class Executor:
             raise StepError(f"{step.name}: not enough disk at {self.plan.config.root}: it will write {sizes}")
 
 
-def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> int:
-    """The exit code of a run; the leaderboard is printed and written when the run is a whole one.
+def run(plan: Plan, config_path: str, targets: Sequence[str], record: runs.MakeRecord | None) -> int:
+    """The exit code of a run; its report is printed and written where it has one.
 
     Args:
         targets: the steps to reach.
-        whole: False for `--until`, which makes no leaderboard.
+        record: makes the run.json that the report is written from; None for an `--until` that ends before any report.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     name = storage.name_of(config_path).rsplit(".", 1)[0]
@@ -505,10 +550,10 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], whole: bool) -> in
             executor = Executor(plan, engine, progress, run_path)
             outcome = executor.run(targets, outcome)
         runs.write_plan(run_path, outcome)
-        if whole:
+        if record is not None:
             from pipeline import report
 
-            storage.write_json(storage.join(run_path, "run.json"), runs.run_record(plan, outcome, name, now))
+            storage.write_json(storage.join(run_path, "run.json"), record(plan, outcome, name, now))
             text = report.write_report(run_path, log.screen_width())
             progress.close()
             print(text)

@@ -1,6 +1,7 @@
 """Config -> the DAG of steps.
 
     pool -> stages' columns -> selection -> train_set -> train (per budget and seed) -> eval (per task)
+      ^      ^ what is in both is the pool's profile, which only the report reads
       ^      ^ a stage may need a model, which is itself: reference pool -> selection -> train_set -> train
       ^      ^ and so may a training, to start from, as it may need a reference to be watched on
       ^      ^ or references: pools of their own (a task's images among them), with columns of their own
@@ -13,7 +14,7 @@ A downloaded pool is a step of its own after `urls`. What state each step is in:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -24,7 +25,9 @@ from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig
 from pipeline.core.errors import FAILURES, ConfigError, WinnowError, one_line, suggestion
 from pipeline.steps import (
     Plan,
+    Profiling,
     Step,
+    TaskImages,
     Training,
     ancestors,
     reference_role,
@@ -35,10 +38,11 @@ from pipeline.steps import (
 from stages import build_stage, exclusion
 from stages.base import Stage
 from stages.column_files import ARROW_TYPES, POOL_TYPES
+from stages.duplicates.groups import DuplicateStage
 from stages.ingest import demo_world, download, pool_shards, sources
 from stages.ingest.fetch.settings import DownloadSettings
 from stages.ingest.samples import ORIGINAL_FILE, ORIGINAL_NAME
-from stages.selection import choose, gallery, shares, train_set
+from stages.selection import choose, gallery, pool_profile, shares, train_set
 from stages.selection import strategies as algebra
 from training import ledger, recipe
 from training.recipe import Recipe, Seeds
@@ -49,16 +53,18 @@ BEFORE_IMAGES = ("caption", "columns")  # what a stage may read there
 DOWNLOAD_TYPES = {
     column: name for column, kind in download.COLUMNS.items() for name, known in ARROW_TYPES.items() if known == kind
 }
+STAGES = "stages"  # `--until stages`: all of the config's stages, and the pool's profile
 TASKS = "tasks"  # what a stage is `against` that compares the pool with the images of all tasks
 DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
 EVERYTHING = {"everything": algebra.Strategy("everything", ())}  # every ok row, but for what is excluded
 
 
-def build(config: Config, place: str) -> Plan:
+def build(config: Config, place: str, fetch_tasks: bool = True) -> Plan:
     """The plan of an experiment. Raises ConfigError for everything that can be known before work starts.
 
     Args:
         place: the config file's path, for messages.
+        fetch_tasks: whether tasks on the hub are fetched; else what would be is an error.
     """
     steps: dict[str, Step] = {}
 
@@ -98,6 +104,11 @@ def build(config: Config, place: str) -> Plan:
         columns=column_types,
     )
 
+    flagged = algebra.parse_comparisons(config.flagged, f"{place}: flagged", column_types)
+    for comparison in flagged:
+        if comparison.column in empty:
+            why = empty[comparison.column]
+            raise ConfigError(f"{place}: flagged uses {comparison.column}, which has no values: {why}")
     for name in parsed:
         for column in sorted(algebra.used_columns(parsed, name).intersection(empty)):
             raise ConfigError(f"{place}: strategies.{name} uses {column}, which has no values: {empty[column]}")
@@ -227,6 +238,11 @@ def build(config: Config, place: str) -> Plan:
         """The pool of a task's images, which keep the names that they have there."""
         step_name, data = f"reference/task_{task}", tasks[task]
         assert data is not None  # a task of the demo world is refused before
+        if not data.shards[0].endswith(".tar"):
+            raise ConfigError(
+                f"{place}: eval: task {task}: {data.path} is a plain folder, expected tars in CLIP_benchmark's layout "
+                f"for a stage that is `against: {TASKS}`"
+            )
         if step_name not in steps:
             path = storage.join(data.path, eval_tasks.SPLIT)
             carry = {ORIGINAL_FILE: "string", ORIGINAL_NAME: "string"}
@@ -269,6 +285,20 @@ def build(config: Config, place: str) -> Plan:
         values = {"recipe": identity, "seeds": seeds.to_json(), "ledger": ledger.VERSION}
         work = Training(trained, seeds, start)
         return add(Step(name, "checkpoint", recipe.VERSION, values, inputs, "train", work))
+
+    def add_images(task: str, trained: Recipe) -> str:
+        """The step that decodes a task's images once, as every model of this recipe sees them."""
+        data, identity, inputs = tasks[task], trained.identity(), {} if tasks[task] else {"tasks": "tasks"}
+        values = {"task": data.digest if data else task}
+        values |= {key: identity.get(key) for key in ("model", "image_size_px")}
+        start = None
+        if trained.start_from is not None:
+            where = f"{place}: train.recipe = {config.train.recipe}: start_from"
+            values["start_from"], own_inputs = add_named_model(trained.start_from, "start", where)
+            inputs |= own_inputs
+            start = None if own_inputs else published_source(config.models[trained.start_from])
+        work = TaskImages(task, trained, start)
+        return add(Step(f"images/{task}", "task_images", eval_tasks.PIXELS_VERSION, values, inputs, "eval", work))
 
     def add_chosen(prefix: str, choice: str) -> tuple[str, str]:
         """(pool, selection): the steps that a strategy, or a whole reference, is; `prefix` names the selection."""
@@ -325,23 +355,86 @@ def build(config: Config, place: str) -> Plan:
         """The steps that only the report reads: samples around the strategy's cuts, and of what its choice is made."""
         selection = steps[f"{strategy}/selection"]
         inputs = {**selection.inputs, "selection": selection.name}
+        shown, flag_inputs = flags(on_references.get(strategy))
+        values = {**selection.values, **flag_values(shown)}
+        work = (*selection.work, shown)
         name = f"{strategy}/gallery"
-        add(Step(name, "gallery", gallery.VERSION, selection.values, inputs, "select", selection.work))
+        add(Step(name, "gallery", gallery.VERSION, values, inputs | flag_inputs, "select", work))
         if config.shares and strategy not in on_references:  # a reference has no columns of the pool's stages
-            owners = {column: owner_of(column) for column in config.shares}
-            made = {column: add_stage(owner) for column, owner in owners.items() if owner}
-            lost = {
-                column
-                for column, name in made.items()
-                if any(steps[one].unavailable for one in ancestors(steps, [name]))
-            }
+            made, lost = made_by(config.shares)
             warnings.extend(f"shares: {column} is N/A, as what it is made of is not there" for column in sorted(lost))
-            inputs = {"pool": "pool", "selection": selection.name}
-            inputs |= {f"column/{column}": name for column, name in made.items() if column not in lost}
+            inputs = {"pool": "pool", "selection": selection.name, **made}
             values = {"columns": sorted(set(config.shares) - lost)}
             add(Step(f"{strategy}/shares", "shares", shares.VERSION, values, inputs, "select"))
 
-    tasks = {} if ends_at_selections else _add_tasks(config, add, place)
+    def made_by(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+        """({role: step} of those columns that stages add, those that are N/A)."""
+        owners = {column: owner_of(column) for column in names}
+        made = {column: add_stage(owner) for column, owner in owners.items() if owner}
+        lost = {
+            column for column, name in made.items() if any(steps[one].unavailable for one in ancestors(steps, [name]))
+        }
+        return {f"column/{column}": name for column, name in made.items() if column not in lost}, lost
+
+    def flags(reference: str | None) -> tuple[tuple[algebra.Comparison, ...], dict[str, str]]:
+        """The comparisons of `flagged` that can be judged over the pool or a reference, and their inputs."""
+        names = {comparison.column for comparison in flagged}
+        if reference:  # it has no columns of the pool's stages
+            made, lost = {}, {name for name in names if owner_of(name) or name not in reference_types[reference]}
+        else:
+            made, lost = made_by(sorted(names))
+            for name in sorted(names - lost):
+                if owner_of(name) is None:
+                    check_known(name, "pool", f"{place}: flagged")
+        where = f"the reference {reference}" if reference else "the pool"
+        warnings.extend(f"flagged: {where} has no {name}, so it blurs no picture of it" for name in sorted(lost))
+        return tuple(comparison for comparison in flagged if comparison.column not in lost), made
+
+    def add_profile() -> None:
+        """The step that says what is in the pool: of all columns of its own and of its stages."""
+        added = {
+            column: kind for alias, stage in stages.items() for column, kind in stage_columns(alias, stage).items()
+        }
+        inputs, lost = made_by(added)
+        groups = {}
+        for alias, stage in stages.items():
+            found = dict(zip(stage.adds, stage_columns(alias, stage), strict=True))
+            if isinstance(stage, DuplicateStage) and lost.isdisjoint(found.values()):
+                roles = ("group", "group_size", "survivor")
+                own = {role: column for name, column in found.items() for role in roles if name.endswith(f"_{role}")}
+                prefix = own["group"].removesuffix("_group")
+                groups[prefix] = {"group": own["group"], "size": own["group_size"], "survivor": own["survivor"]}
+        known = known_without_images.get("pool")
+        own_columns = {column: kind for column, kind in own_types.items() if known is None or column in known}
+        there = {column: kind for column, kind in added.items() if column not in lost and column not in empty}
+        types = pool_profile.described(own_columns, there, groups)
+        cuts = {strategy: list(strategy_cuts(strategy)) for strategy in config.compare if strategy in parsed}
+        sides: dict[str, set[bool]] = {}
+        for column, keeps_low in (cut for found in cuts.values() for cut in found):
+            sides.setdefault(column, set()).add(keeps_low)
+        scores = {column for column, kind in there.items() if kind.startswith("float")} | set(sides)
+        scores = {column for column in scores if types.get(column) in algebra.NUMERIC}
+        shown, flag_inputs = flags(None)
+        values = {"types": types, "scores": sorted(scores), "groups": groups, **flag_values(shown)}
+        if exclude:
+            values["exclude"] = exclude.identity()
+        names = {*types, *(column for columns in groups.values() for column in columns.values())}
+        inputs = {role: step for role, step in inputs.items() if role.removeprefix("column/") in names}
+        low = tuple(sorted(column for column, found in sides.items() if found == {True}))
+        work = Profiling(types, tuple(sorted(scores)), groups, exclude, shown, low)
+        inputs = {"pool": "pool", **inputs, **flag_inputs}
+        add(Step("profile", "profile", pool_profile.VERSION, values, inputs, "select", work))
+
+    def strategy_cuts(name: str) -> Iterator[tuple[str, bool]]:
+        """(column, whether its low end is kept) of each cut that the strategy, or a part of it, makes."""
+        for part in algebra.used_strategies(parsed, name, sizes=False):
+            for rule in parsed[part].rules:
+                if isinstance(rule, algebra.Top):
+                    yield rule.column, False
+                elif isinstance(rule, algebra.Comparison) and rule.operator in ("<", "<=", ">", ">="):
+                    yield rule.column, rule.operator in ("<", "<=")
+
+    tasks = {} if ends_at_selections else _add_tasks(config, add, place, fetch_tasks)
     add_pool(read, config.pool, settings)
     reference_types: dict[str, set[str]] = {}  # of their own columns
     for name, reference in config.references.items():
@@ -354,6 +447,7 @@ def build(config: Config, place: str) -> Plan:
         add_pool(reference_read, reference, reference_settings)
     for alias in stages:
         add_stage(alias)
+    add_profile()
 
     shared = _recipe(recipes, config.train.recipe, f"{place}: train.recipe")
     if shared.start_from is not None:
@@ -365,6 +459,7 @@ def build(config: Config, place: str) -> Plan:
         if watched["held_out"] in known_without_images:
             reference = f"references.{config.train.held_out}"
             raise ConfigError(f"{place}: train.held_out: {reference}.download = false, expected pairs with images")
+    images = {task: add_images(task, shared) for task in tasks}
     for strategy in config.compare:
         if ends_at_selections:
             add_chosen(f"{strategy}/", strategy)
@@ -383,10 +478,16 @@ def build(config: Config, place: str) -> Plan:
                 seeds = _seeds(config.train, seed)
                 checkpoint = add_training(f"{prefix}/train", config.train.recipe, trained, seeds, inputs)
                 for task, data in tasks.items():
-                    inputs = {"checkpoint": checkpoint} | ({} if data else {"tasks": "tasks"})
+                    inputs = {"checkpoint": checkpoint, "images": images[task]} | ({} if data else {"tasks": "tasks"})
                     values = {"task": data.digest if data else task}
                     name = f"{prefix}/eval/{task}"
                     add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
+    against_tasks = [alias for alias, stage in stages.items() if stage.uses_references and stage.against == TASKS]
+    if config.eval.leave_out is not None and config.eval.leave_out not in against_tasks:
+        hint = suggestion(config.eval.leave_out, against_tasks)
+        raise ConfigError(
+            f"{place}: eval.leave_out = {config.eval.leave_out}, expected a stage that is `against: {TASKS}`.{hint}"
+        )
     for name in config.models:
         if name not in used_models:
             raise ConfigError(f"{place}: models.{name} has no effect, expected a stage or a recipe that names it")
@@ -396,6 +497,15 @@ def build(config: Config, place: str) -> Plan:
     in_use += [(model.recipe, recipes[model.recipe]) for model in config.models.values() if model.recipe]
     warnings += [f"recipe {name}: {warning}" for name, found in in_use for warning in recipe.check(found)]
     return Plan(config, steps, columns, by_budget, tasks, list(dict.fromkeys(warnings)), exclude)
+
+
+def flag_values(flagged: Iterable[algebra.Comparison]) -> dict[str, Any]:
+    """What identifies the comparisons of `flagged`, of a step that shows pictures; nothing where there are none."""
+    found = [
+        [one.column, one.operator, list(one.literal) if isinstance(one.literal, tuple) else one.literal]
+        for one in flagged
+    ]
+    return {"flagged": found} if found else {}
 
 
 def _read_step(name: str, config: PoolConfig, place: str) -> Step:
@@ -595,10 +705,12 @@ def _check_shares(config: Config, types: Mapping[str, str], place: str) -> None:
         raise ConfigError(f"{place}: shares = {', '.join(config.shares)}, expected each column once")
 
 
-def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[str, eval_tasks.TaskData | None]:
+def _add_tasks(
+    config: Config, add: Callable[[Step], str], place: str, fetch: bool
+) -> dict[str, eval_tasks.TaskData | None]:
     """{name: task} in the config's order; adds the step that draws the demo world's own tasks."""
     if config.eval.root != DEMO:
-        found = eval_tasks.resolve_tasks(config.eval.tasks, config.eval.root, f"{place}: eval")
+        found = eval_tasks.resolve_tasks(config.eval.tasks, config.eval.root, f"{place}: eval", download=fetch)
         return {data.name: replace(data, digest=eval_tasks.task_digest(data)) for data in found}
     add(Step("tasks", "tasks", demo_world.VERSION, {"seed": config.seed}, {}, "pool"))
     for index, entry in enumerate(config.eval.tasks):
@@ -612,7 +724,7 @@ def _add_tasks(config: Config, add: Callable[[Step], str], place: str) -> dict[s
 
 # Which settings of `cluster:` mean something for which step; cpus, gpus, memory_gb and labels do for all.
 STEPS_OF_CLUSTER = ("pool", "download", "select", "train_set", "train", "eval")
-WORKERS_OF = ("pool", "download", "train_set", "train")
+WORKERS_OF = ("pool", "download", "train_set", "train", "eval")
 BATCH_SIZE_OF = ("train", "eval")
 MIN_WORKERS_OF = ("train",)
 MAX_CONCURRENT_OF = ("train",)
@@ -658,11 +770,17 @@ def _enter(visiting: list[str], name: str, place: str) -> None:
 def targets(plan: Plan, until: str | None) -> list[str]:
     """The steps to reach: all of them, or those called `until` or whose path holds it (`clip`, `train`, `basic`).
 
+    `stages` is a word for all stages of the config, and for the profile of the pool with their columns.
+
     Raises:
         ConfigError: no such step.
     """
     if until is None:
         return list(plan.steps)
+    if until == STAGES:
+        return [name for name, step in plan.steps.items() if isinstance(step.work, Stage) and "/" not in name] + [
+            "profile"
+        ]
     words = until.strip("/").split("/")
     found = [name for name in plan.steps if _holds(name.split("/"), words)]
     if not found:

@@ -17,7 +17,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path = [ROOT, *(path for path in sys.path if os.path.abspath(path or ".") not in (ROOT, f"{ROOT}/pipeline"))]
 
 from pipeline.core import config, log, storage  # noqa: E402
-from pipeline.core.errors import ConfigError, WinnowError  # noqa: E402
+from pipeline.core.errors import ConfigError, WinnowError, without_secrets  # noqa: E402
 
 DEMO = "uv run pipeline/run.py --config configs/demo.yaml"
 USAGE = f"""winnow: which filter makes the better image-text dataset?
@@ -44,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="override, such as train.recipe=small",
     )
-    made.add_argument("--until", metavar="STEP", help="only the steps of this name or below it, and what they need")
+    made.add_argument(
+        "--until",
+        metavar="STEP",
+        help="only the steps of this name or below it, and what they need; `stages`: what is in the pool",
+    )
     made.add_argument("--plan", action="store_true", help="print every step's state and why; start nothing")
     made.add_argument("--report", action="store_true", help="rebuild the newest run's leaderboard from its records")
     made.add_argument("--clean", action="store_true", help="list artifacts that no run refers to")
@@ -63,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options)
     except WinnowError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped; the same command goes on where it stopped", file=sys.stderr)
@@ -82,11 +86,15 @@ def run(options: argparse.Namespace) -> int:
     loaded = config.load(options.config, options.overrides)
 
     if options.report:
-        from pipeline import report
-        from pipeline.runs import newest_run
+        from pipeline import report, runs
 
-        run_path = newest_run(loaded.root)
-        print(report.write_report(run_path, log.screen_width()))
+        run_path = runs.newest_run(loaded.root)
+        beside = None  # as the run recorded it
+        if "beside" in loaded.report.model_fields_set:
+            loaded = runs.find_beside(loaded, run_path)
+            report.check_beside(loaded)
+            beside = loaded.report.beside
+        print(report.write_report(run_path, log.screen_width(), beside))
         return 0
     if options.clean:
         from pipeline import runs
@@ -96,7 +104,12 @@ def run(options: argparse.Namespace) -> int:
     from pipeline import plan as planning
     from pipeline import states
 
-    plan = planning.build(loaded, options.config)
+    if loaded.report.beside:
+        from pipeline import report, runs
+
+        loaded = runs.find_beside(loaded)
+        report.check_beside(loaded)
+    plan = planning.build(loaded, options.config, fetch_tasks=not options.plan)
     targets = planning.targets(plan, options.until)
     if options.plan:
         print(states.describe(plan, targets))
@@ -106,10 +119,11 @@ def run(options: argparse.Namespace) -> int:
     except WinnowError as error:
         raise ConfigError(str(error)) from error
 
-    from pipeline import execute
+    from pipeline import execute, runs
 
     signal.signal(signal.SIGTERM, _stop)
-    return execute.run(plan, options.config, targets, whole=options.until is None)
+    record = {None: runs.run_record, planning.STAGES: runs.stages_record}.get(options.until)
+    return execute.run(plan, options.config, targets, record)
 
 
 def _stop(number: int, frame: object) -> None:

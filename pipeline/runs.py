@@ -1,6 +1,7 @@
 """The runs below a root: what a run writes into its folder, the newest run, and --clean.
 
     runs/2026-01-31T12-00-00Z_demo/   config.yaml  plan.json  log.jsonl  run.json  leaderboard.{md,json,csv,html}
+                                      pool.{html,json}
 
 It maps the user's names to artifacts. plan.json is written as the run goes on, run.json at its end.
 """
@@ -13,7 +14,7 @@ import importlib.metadata
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -21,7 +22,8 @@ import yaml
 from eval import tasks as eval_tasks
 from pipeline import account
 from pipeline.core import artifact, log, storage
-from pipeline.core.errors import WinnowError
+from pipeline.core.config import Config
+from pipeline.core.errors import ConfigError, WinnowError, without_secrets
 from pipeline.plan import TASKS
 from pipeline.states import Status
 from pipeline.steps import Plan, training_prefix
@@ -31,7 +33,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARTIFACT = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{12}$")
 RUNS = "runs"
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "pillow", "fasttext-community", "webdataset")
-URL_SECRETS = re.compile(r"(?P<scheme>[a-z0-9]+://)(?:[^\s/@'\"]+@)?(?P<path>[^\s?'\"]*)(?:\?[^\s'\"]*)?")
 
 
 @dataclasses.dataclass
@@ -40,6 +41,9 @@ class Outcome:
 
     statuses: dict[str, Status]
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+MakeRecord = Callable[[Plan, Outcome, str, datetime.datetime], dict[str, Any]]
 
 
 def new_run_path(root: str, now: datetime.datetime, name: str) -> str:
@@ -53,7 +57,7 @@ def new_run_path(root: str, now: datetime.datetime, name: str) -> str:
 def config_text(config: Any) -> str:
     """The resolved config; what a URL carries beyond its path (signatures, tokens, passwords) stays out of records."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return URL_SECRETS.sub(r"\g<scheme>\g<path>", text)
+    return without_secrets(text)
 
 
 def _installed() -> bool:
@@ -104,7 +108,7 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
         return causes[0] if causes else "not done"
 
     ends_at_selections = plan.config.pool.download is False
-    strategies = []
+    strategies, controls = [], account.controls(plan)
     for strategy in plan.config.compare:
         strategies.append(
             {
@@ -116,6 +120,7 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
                 "compared": True,
                 "label": account.label(plan, strategy),
                 "uses": account.uses(plan, strategy, statuses),
+                "control": controls.get(strategy),
                 "choosing": account.cost_of_choosing(plan, strategy, statuses),
                 "error": error(f"{strategy}/{'selection' if ends_at_selections else 'train_set'}"),
             }
@@ -130,10 +135,14 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
                 "name": data.name,
                 "type": data.task.type,
                 "metric": data.task.metric,
-                "chance": data.chance,
+                "chance": _chance(plan, data, statuses),
                 "group": data.task.group,
                 "in_domain": data.task.in_domain,
+                "counted": data.task.counted,
+                "source": data.source,
+                "clean": data.task.clean,
                 "title": data.task.title,
+                "digest": data.digest,
             }
         )
     contamination = [
@@ -154,8 +163,10 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
         "winnow_version": importlib.metadata.version("winnow") if _installed() else "source",
         "metric_version": eval_tasks.METRIC_VERSION,
         "recipe": _recipe_record(plan),
+        "recipe_values": _recipe_values(plan, prefixes, made),
         "pool": {
             "path": pool_status.artifact.name if pool_status.artifact else None,
+            "digest": artifact.content_digest(pool_status.record) if pool_status.record else None,
             "rows": pool_facts.get("rows"),
             "ok": pool_facts.get("ok_rows"),
             "failed": pool_facts.get("failed", {}),
@@ -182,11 +193,40 @@ def run_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) 
             for task in tasks
         ],
         "contamination": contamination,
+        "leave_out": plan.config.eval.leave_out,
+        "profile": {
+            "path": made("profile"),
+            "error": error("profile"),
+            "keeps_low": list(plan.steps["profile"].work.keeps_low),
+            "flagged": plan.config.flagged,
+        },
         "shares": plan.config.shares,
         "published": plan.config.published,
-        "published_note": plan.config.published_note,
+        "published_note": without_secrets(plan.config.published_note),
+        "beside": [
+            {key: without_secrets(value) if isinstance(value, str) else value for key, value in entry.items()}
+            for entry in (one.model_dump(exclude_defaults=True) for one in plan.config.report.beside)
+        ],
         "baseline": plan.config.baseline or plan.config.compare[0],
     }
+
+
+def stages_record(plan: Plan, outcome: Outcome, name: str, now: datetime.datetime) -> dict[str, Any]:
+    """The run.json of `--until stages`: of the pool and its profile alone, as nothing was chosen or trained."""
+    parts = ("strategies", "tasks", "trainings", "results", "contamination", "shares")
+    return run_record(plan, outcome, name, now) | {part: [] for part in parts} | {"published": {}}
+
+
+def _chance(plan: Plan, data: eval_tasks.TaskData, statuses: Mapping[str, Status]) -> float | None:
+    """What guessing reaches: of some tasks it follows from their images, and is then a fact of each result."""
+    if data.chance is not None:
+        return data.chance
+    done = (
+        status.record
+        for name, step in plan.steps.items()
+        if step.kind == "results" and step.work == data.name and (status := statuses.get(name)) is not None
+    )
+    return next((record["facts"]["chance"] for record in done if record is not None), None)
 
 
 def _recipe_record(plan: Plan) -> dict[str, Any]:
@@ -205,6 +245,17 @@ def _recipe_record(plan: Plan) -> dict[str, Any]:
     }
     own |= {name: getattr(plan.config.train, name) for name in ("initialisation_seed", "order_seed", "held_out")}
     return found | {name: value for name, value in own.items() if value is not None}
+
+
+def _recipe_values(plan: Plan, prefixes: Sequence[str], made: Callable[[str], str | None]) -> dict[str, Any]:
+    """All that decides the weights at the largest budget, beside the pairs and the seed; two runs are alike in it."""
+    if not prefixes:
+        return {}
+    step = max((plan.steps[f"{prefix}/train"] for prefix in prefixes), key=lambda step: step.work.recipe.samples_seen)
+    inputs = {name: made(other) for name, other in step.inputs.items() if name != "train_set"}
+    values = {**step.values["recipe"], "version": step.version, "ledger": step.values["ledger"], **inputs}
+    seeds = {name: getattr(plan.config.train, name) for name in ("initialisation_seed", "order_seed")}
+    return values | {name: value for name, value in seeds.items() if value is not None}
 
 
 def package_versions() -> dict[str, Any]:
@@ -241,6 +292,40 @@ def newest_run(root: str) -> str:
         if storage.exists(storage.join(runs, name, "run.json")):
             return storage.join(runs, name)
     raise WinnowError(f"{runs}: expected a finished run to report on, found none")
+
+
+def find_beside(config: Config, reported: str = "") -> Config:
+    """The config with the folder of a run for each run in `report.beside`, of a root its newest with trainings.
+
+    Args:
+        reported: the folder of the run that the report is of, which is not shown beside itself.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    beside = []
+    for index, entry in enumerate(config.report.beside):
+        if entry.run is not None:
+            is_run = storage.exists(storage.join(entry.run, "run.json"))
+            folder = storage.join(entry.run, RUNS)
+            names = [] if is_run else reversed(storage.list_folders(folder))
+            candidates = [entry.run] if is_run else [storage.join(folder, name) for name in names]
+            run = next((path for path in candidates if path != reported and _has_trainings(path)), None)
+            if run is None:
+                place = f"report.beside.{index}.run"
+                raise ConfigError(f"{place} = {entry.run}, expected another run that trained, or a root with one")
+            entry = entry.model_copy(update={"run": run})
+        beside.append(entry)
+    return config.model_copy(update={"report": config.report.model_copy(update={"beside": beside})})
+
+
+def _has_trainings(run_path: str) -> bool:
+    path = storage.join(run_path, "run.json")
+    try:
+        data = storage.read_json(path) if storage.exists(path) else {}
+    except WinnowError as error:
+        raise ConfigError(str(error)) from error
+    return isinstance(data, dict) and bool(data.get("trainings"))
 
 
 def clean(root: str, remove: bool) -> int:

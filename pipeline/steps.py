@@ -11,6 +11,7 @@ from eval import tasks as eval_tasks
 from pipeline.core.config import Config
 from stages.base import Stage
 from stages.exclusion import Exclusion
+from stages.selection.strategies import Comparison
 from training.recipe import Recipe, Seeds
 
 
@@ -38,6 +39,33 @@ class Training:
     recipe: Recipe
     seeds: Seeds
     start: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class TaskImages:
+    """What a step of the kind `task_images` needs beyond its inputs: the task, and the recipe of the models to come.
+
+    `start` is as in Training.
+    """
+
+    task: str
+    recipe: Recipe
+    start: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """What a step of the kind `profile` needs beyond its inputs: see stages.selection.pool_profile.write_profile.
+
+    `keeps_low` are the scores of which strategies only ever keep the low end; only the report reads that.
+    """
+
+    types: Mapping[str, str]
+    scores: tuple[str, ...]
+    groups: Mapping[str, Mapping[str, str]]
+    exclude: Exclusion
+    flagged: tuple[Comparison, ...]
+    keeps_low: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,24 @@ def test_scores_without_the_copies_are_those_of_the_other_items(done):
     assert "<h2>Contamination</h2>" in (run / "leaderboard.html").read_text()
 
 
+def test_images_in_the_pool_can_be_left_out_of_every_score(data, done):
+    """`eval.leave_out` changes no artifact: only which items the leaderboard counts."""
+    plan, outcome, run = done
+    leaving = plan_of(data, plan.config.root, "eval.leave_out=contamination")
+    assert [step.values for step in leaving.steps.values()] == [step.values for step in plan.steps.values()]
+    again = run.with_name("leaving")
+    again.mkdir()
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)
+    (again / "run.json").write_text(json.dumps(runs.run_record(leaving, outcome, "demo", now)))
+    board, whole = report.build_report(str(again)), report.build_report(str(run))
+    assert board.cleaned[0].scores == whole.cleaned[0].scores  # with and without, as before
+    for row in board.rows:
+        _, left = whole.cleaned[0].scores[row.strategy.name]["shapes"]
+        assert row.task_scores["shapes"].value == left.value
+        assert row.average.value == whole.cleaned[0].averages[row.strategy.name][1].value
+    assert "contamination found in the pool count in no score" in (again / "leaderboard.md").read_text()
+
+
 def test_order_shards_and_runs_change_nothing(data, done, tmp_path, monkeypatch):
     _, outcome, _ = done
     monkeypatch.setattr(contamination, "RUN_ROWS", 3)

@@ -155,7 +155,8 @@ def test_metadata_alone_gives_the_subsets_of_datacomp(tmp_path, monkeypatch):
     rows = metadata(tmp_path / "metadata")
     plan = plan_of(tmp_path)
     assert {step.kind for step in plan.steps.values()} == {
-        "urls", "image_stats", "caption_stats", "language", "embedding_duplicates", "selection", "gallery", "shares"
+        "urls", "image_stats", "caption_stats", "language", "embedding_duplicates", "selection", "gallery", "shares",
+            "profile",
     }  # fmt: skip
     outcome = run_here(plan)
     assert not outcome.failures

@@ -50,6 +50,7 @@ def plan_of(tmp_path, *overrides, path=TINY):
         ("cluster.train={workers: 2, min_workers: 2}", r"cluster\.train\.min_workers = 2, expected fewer than its"),
         ("cluster.train={workers: 2, gpus: 0.5}", r"cluster\.train\.gpus = 0\.5, expected 0 or 1 for each"),
         ("cluster.klip={gpus: 1}", r"cluster\.klip is no step\. Did you mean clip"),
+        ("eval.leave_out=hashes", r"eval\.leave_out = hashes, expected a stage that is `against: tasks`"),
         ("eval.tasks=[colours, colours]", r"expected each task once"),
         ("strategies.basic={uids: /nothing.npy}", r"/nothing\.npy"),
         ("stages.2={name: language, model: /tmp}", r"/tmp"),
@@ -144,6 +145,18 @@ def test_a_training_starts_from_a_model_of_the_run_or_a_published_one(tmp_path):
     assert step.values["recipe"]["start_from"]["weights"] == storage.sha256_file(str(weights))
     assert str(tmp_path) not in repr(step.values)
     assert set(step.inputs) == {"train_set"}
+
+
+def test_the_images_of_a_task_are_decoded_once_for_all_trainings(tmp_path):
+    plan = plan_of(tmp_path, "train.seeds=[0, 1]", "train.budgets=[96, 300]")
+    assert [name for name in plan.steps if plan.steps[name].kind == "task_images"] == ["images/colours", "images/retrieval"]  # fmt: skip
+    results = [step for step in plan.steps.values() if step.kind == "results"]
+    assert len(results) == 4 * 2 * 2 * 2
+    assert all(step.inputs["images"] == f"images/{step.work}" for step in results)
+    images = plan.steps["images/colours"]
+    assert set(images.values) == {"task", "model", "image_size_px"}  # nothing of budgets, seeds or learning rates
+    smaller = plan_of(tmp_path, "recipes.tiny.image_size_px=8").steps["images/colours"]
+    assert smaller.values != images.values
 
 
 def test_what_is_held_out_is_an_input_and_must_have_images(tmp_path):
@@ -326,6 +339,7 @@ def test_what_a_strategy_uses_and_is_called(tmp_path):
     labels = {name: account.label(plan, name) for name in plan.config.compare}
     assert labels == {"no_filter": "", "control": "", "basic_and_clip": "", "trusted_only": "reference", "oracle": "oracle"}  # fmt: skip
     assert account.uses(plan, "control") == []
+    assert account.controls(plan) == {"basic_and_clip": "control"}
     assert account.uses(plan, "basic_and_clip") == ["model scorer: trained on trusted (tiny)"]
     assert account.uses(plan, "trusted_only") == ["reference trusted instead of the pool"]
 

@@ -7,6 +7,7 @@ owns the shape of the file.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,14 @@ import yaml
 from pydantic import Field
 
 from pipeline.core import storage
-from pipeline.core.errors import ConfigError, suggestion
+from pipeline.core.errors import ConfigError, one_line, suggestion
 
 NAME = re.compile(r"[a-z][a-z0-9_]*$")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-RESERVED = ("pool", "urls", "tasks", "reference", "model")  # steps are called so
+MAX_VALUES = 1_000_000  # an alias of aliases stands for more values than there is memory
+MAX_DEPTH = 50
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+RESERVED = ("pool", "urls", "tasks", "reference", "model", "profile", "stages")  # steps are called so
 
 
 def in_job() -> bool:
@@ -95,10 +99,34 @@ class TrainConfig(Model):
 
 
 class EvalConfig(Model):
-    """The tasks, by name below `root` (a folder, or `demo` for the demo world's own) or with a path each."""
+    """The tasks, by name below `root` or with a path each.
+
+    `root` is a folder, an owner on the hub (`hf://datasets/OWNER`), or `demo` for the demo world's own.
+    `leave_out` names a stage that is `against: tasks`: images that it found in the pool count in no score.
+    """
 
     tasks: list[str | dict[str, Any]] = Field(min_length=1)
     root: str | None = None
+    leave_out: str | None = None
+
+
+class BesideConfig(Model):
+    """What a report shows beside its run: another run (its folder, or a root: its newest), or a file of results.
+
+    `rows` are patterns (`ViT-B-32 *`) of names in a file; `unit` is said of plain tables only, which do not say it.
+    """
+
+    run: str | None = None
+    results: str | None = None  # a path, or a pattern of paths
+    rows: list[str] = []
+    name: str | None = None  # what it is called; None: as its folder or file is
+    unit: Literal["fraction", "percent"] | None = None
+
+
+class ReportConfig(Model):
+    """What the report shows beside this run. It changes no artifact."""
+
+    beside: list[BesideConfig] = []
 
 
 class Config(Model):
@@ -116,10 +144,12 @@ class Config(Model):
     compare: list[str] = Field(min_length=1)
     baseline: str | None = None
     shares: list[str] = []  # columns of few values: the report shows how each strategy's mix differs from the pool's
+    flagged: list[str] = []  # comparisons as in `where`: pictures of rows that pass any are shown blurred
     published: dict[str, Annotated[float, Field(ge=0, le=100)]] = {}  # averages in percent, shown beside ours
     published_note: str = ""  # what they are
     train: TrainConfig
     eval: EvalConfig
+    report: ReportConfig = ReportConfig()
     cluster: dict[str, Resources] = {}
 
     def resources(self, name: str) -> Resources:
@@ -151,7 +181,20 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     if not storage.is_url(config.root) and not os.path.isabs(os.path.expanduser(config.root)) and in_job():
         raise ConfigError(f"{path}: root = {config.root}, expected an absolute path or a URL inside a Ray job")
     _check_names(config, path)
-    return config.model_copy(update={"root": storage.absolute(config.root)})
+    return config.model_copy(update={"root": storage.absolute(config.root), "report": _absolute(config.report)})
+
+
+def _absolute(report: ReportConfig) -> ReportConfig:
+    """The same with absolute paths: a report is made again from elsewhere."""
+    if not report.beside:
+        return report  # as it is: a list that is not given is unlike an empty one
+    beside = [
+        entry.model_copy(
+            update={key: storage.absolute(getattr(entry, key)) for key in ("run", "results") if getattr(entry, key)}
+        )
+        for entry in report.beside
+    ]
+    return report.model_copy(update={"beside": beside})
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,22 +231,53 @@ _Loader.add_constructor(_YAML + "map", _unique_mapping)
 
 
 def parse_yaml(text: str, path: str) -> Any:
-    """The parsed YAML. Raises ConfigError naming file and line."""
+    """The parsed YAML: mappings with text as keys, lists, text, finite numbers, true, false and null.
+
+    Raises ConfigError naming file and line.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError(f"{where}: {getattr(error, 'problem', None) or error}, expected YAML") from error
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}: {problem}, expected YAML") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: nested too deeply, expected YAML") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of `!!int x`, `? [a]`, 5,000 digits
+        raise ConfigError(f"{path}: {one_line(error, 200)}, expected YAML") from error
+    _check_values(data, path)
+    return data
+
+
+def _check_values(data: Any, path: str) -> None:
+    """None. Raises ConfigError for what no config means and code further on could not take."""
+    waiting, num_values = [(data, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        num_values += 1
+        if num_values > MAX_VALUES or depth > MAX_DEPTH:
+            raise ConfigError(f"{path}: more than {MAX_VALUES} values or {MAX_DEPTH} levels, expected fewer")
+        if isinstance(value, dict):
+            waiting += [(inner, depth + 1) for pair in value.items() for inner in pair]
+        elif isinstance(value, list):
+            waiting += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, str):
+            if CONTROL.search(value):
+                raise ConfigError(f"{path}: {value[:80]!r}, expected text without control characters")
+            if value.encode("utf-8", "replace").decode() != value:
+                raise ConfigError(f"{path}: {value[:80]!r}, expected text that is Unicode")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path}: {value}, expected a finite number")
+        elif value is not None and not isinstance(value, (bool, int, float)):
+            raise ConfigError(f"{path}: a {type(value).__name__}, expected a mapping, a list, text or a number")
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
     """None; sets one `a.b.c=value` in the parsed file. Raises ConfigError when it has no `=` or no such place."""
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as train.recipe=debug")
+    if not separator or key.split() != [key]:
+        raise ConfigError(f"--set {_short(override)}: expected KEY=VALUE, such as train.recipe=debug")
     *parents, last = key.split(".")
     target: Any = data
     for depth, name in enumerate(parents):
@@ -229,7 +303,7 @@ def _child(target: Any, name: str, place: str, create: bool) -> Any:
 
 
 def _index(target: list, name: str, place: str) -> int:
-    if not name.isdigit() or int(name) >= len(target):
+    if not (name.isascii() and name.isdigit() and len(name) < 10) or int(name) >= len(target):
         raise ConfigError(f"--set {place}: expected an index below {len(target)}, found {name}")
     return int(name)
 
@@ -287,7 +361,7 @@ def _describe(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], p
     hint = ""
     if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
         hint = " (a number without quotes)"
-    return f"{where} = {value if not isinstance(value, (dict, list)) else _short(value)}, expected {expected}{hint}"
+    return f"{where} = {_short(value)}, expected {expected}{hint}"
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -296,7 +370,7 @@ def _is_union_tag(part: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = " ".join(str(value).split()) if isinstance(value, str) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -331,6 +405,21 @@ def _check_train(config: Config, place: str) -> None:
         raise ConfigError(f"{place}.held_out = {train.held_out}, expected one of the references.{hint}")
 
 
+def _check_beside(config: Config, place: str) -> None:
+    """One thing an entry, and no option without an effect."""
+    for index, entry in enumerate(config.report.beside):
+        where = f"{place}.{index}"
+        if bool(entry.run) == bool(entry.results):
+            raise ConfigError(f"{where}: expected either run or results")
+        for key in ("rows", "unit"):
+            if entry.run and getattr(entry, key):
+                raise ConfigError(f"{where}.{key} has no effect on a run, expected it to be left out")
+        if entry.name is not None and not entry.name.strip():
+            raise ConfigError(f"{where}.name = {entry.name!r}, expected a name")
+    if config.report.beside and config.pool.download is False:
+        raise ConfigError(f"{place} has no effect on selections (pool.download: false), expected it to be left out")
+
+
 def _check_names(config: Config, path: str) -> None:
     """Names are lower-case words, and every name that is used is defined."""
     for section in ("references", "models", "strategies", "recipes"):
@@ -359,6 +448,7 @@ def _check_names(config: Config, path: str) -> None:
     if config.published_note and not config.published:
         raise ConfigError(f"{path}: published_note has no effect without published, expected it to be left out")
     _check_train(config, f"{path}: train")
+    _check_beside(config, f"{path}: report.beside")
     if config.pool.only is not None and config.pool.only not in config.strategies:
         raise ConfigError(
             f"{path}: pool.only = {config.pool.only}, expected a strategy."
