@@ -11,6 +11,7 @@ torch before 2.6 can be made to execute code although weights_only is set (CVE-2
 
 from __future__ import annotations
 
+import lzma
 import os
 import pickle
 import re
@@ -51,6 +52,7 @@ UNREADABLE = (  # what numpy, safetensors and torch raise for a file that is cut
     SyntaxError,
     tokenize.TokenError,
     zlib.error,
+    lzma.LZMAError,
 )
 
 

@@ -12,6 +12,7 @@ Both exit without a traceback. Any other exception is a bug of ours and shows it
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # What a download can fail at; `retry: failed` fetches these again.
@@ -66,10 +67,19 @@ FAILURES = {
 } | DOWNLOAD_FAILURES
 
 
+# A backslash ends a URL, so that JSON stays JSON. A `?` without `=` after it is a pattern's.
+URL_SECRETS = re.compile(
+    r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)(?:[^\s/?#'\"\\]*@)?(?P<path>[^\s?#'\"\\]*)(?:[?#][^\s'\"\\]*=[^\s'\"\\]*)?"
+)
+
+
 class WinnowError(Exception):
-    """Base of the errors that end a run with one clear line."""
+    """Base of the errors that end a run with one clear line, whatever lines a file's text brings into it."""
 
     exit_code = 1
+
+    def __init__(self, message: str = ""):
+        super().__init__(" ".join(message.splitlines()))
 
 
 class ConfigError(WinnowError):
@@ -98,6 +108,11 @@ class ImageError(WinnowError):
         return type(self), (self.reason, self.detail)
 
 
+def without_secrets(text: str) -> str:
+    """The text without what its URLs carry beside host and path: user names, passwords, signatures, tokens."""
+    return URL_SECRETS.sub(r"\g<scheme>\g<path>", text)
+
+
 def suggestion(word: str, choices: Iterable[str]) -> str:
     """The tail of an error message: the nearest choice, then all of them (at most 30)."""
     names = [str(choice) for choice in choices]
@@ -110,8 +125,9 @@ def suggestion(word: str, choices: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, max_chars: int = 500) -> str:
-    """The error's class and message on one line, cut to `max_chars`; a WinnowError's message alone."""
-    text = " ".join(str(error).split())
+    """The error's class and message on one line, cut to `max_chars`, without secrets; a WinnowError's message alone."""
+    text = str(error).encode("utf-8", "replace").decode()  # a file's name in it may be no Unicode
+    text = without_secrets(" ".join(text.split()))
     if not isinstance(error, WinnowError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."

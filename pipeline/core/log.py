@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core import storage
+from pipeline.core.errors import without_secrets
 
 logger = logging.getLogger("winnow")
 PLAIN_LINE_EVERY_S = 10.0
@@ -132,7 +133,8 @@ class Progress:
             self.event("end", step=step, summary=summary, seconds=round(seconds, 3))
 
     def say(self, text: str) -> None:
-        """None; prints a line above the live ones."""
+        """None; prints a line above the live ones, without secrets."""
+        text = without_secrets(text)
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -142,6 +144,7 @@ class Progress:
         """None; adds a line to log.jsonl."""
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": kind, **values}, ensure_ascii=False, default=str)
+        line = without_secrets(line.encode("utf-8", "replace").decode())  # a file's name may be no Unicode
         with self._lock:
             if self._log_path is None:
                 return

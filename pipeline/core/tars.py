@@ -6,6 +6,7 @@ webdataset's own reader passes silently over archives cut at a member boundary o
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,18 @@ from typing import BinaryIO
 
 BLOCK_BYTES = 512
 MAX_MEMBER_BYTES = 1 << 30  # an archive that claims more for one member is hostile or not ours
+MAX_HEADER_BYTES = 16 << 10  # of all headers before one member: its name, pax records, the map of a sparse file
+MANY_DIGITS = re.compile(rb"[0-9]{300}")  # tarfile's patterns take the square of their number (CVE-2024-6232)
+BROKEN = (  # what tarfile raises for a hostile header; an OSError is the store's
+    tarfile.TarError,
+    EOFError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -32,37 +45,67 @@ class TarEnd:
     truncated: str | None = None
 
 
+class _Headers:
+    """The file as tarfile sees it, which reads headers alone: `left_bytes` is what it may still read."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.left_bytes = MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.left_bytes:
+            raise tarfile.HeaderError(f"headers of more than {MAX_HEADER_BYTES} bytes")
+        self.left_bytes -= size
+        data = self._file.read(size)
+        if MANY_DIGITS.search(data):
+            raise tarfile.HeaderError("a number of more than 300 digits")
+        return data
+
+    def seek(self, offset_bytes: int) -> int:
+        return self._file.seek(offset_bytes)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 def read_members(file: BinaryIO, end: TarEnd) -> Iterator[Member]:
     """The regular files of an uncompressed tar in order; `end.truncated` tells afterwards whether something is lost.
 
-    Links, devices and folders are passed over: nothing is ever extracted, so no member can escape.
+    Links, devices, folders and sparse files are passed over: nothing is ever extracted, so no member can escape. What
+    is not UTF-8 in a name becomes a question mark.
     """
+    headers = _Headers(file)
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed below; the file belongs to the caller)
-    except tarfile.ReadError as error:
+        archive = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115 (closed below; the file belongs to the caller)
+    except BROKEN as error:
         end.truncated = f"no readable tar header ({error})"
         return
     with archive:
         while True:
+            headers.left_bytes = MAX_HEADER_BYTES
             try:
                 info = archive.next()
-            except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+            except BROKEN as error:
                 end.truncated = f"unreadable header at byte {archive.offset} ({error})"
                 return
             if info is None:
                 break
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            if not info.isreg():
+            if info.size < 0 or archive.offset <= info.offset:  # else it leads back, for ever (CVE-2025-8194)
+                end.truncated = f"a negative size at byte {info.offset}"
+                return
+            if not info.isreg() or info.issparse():
                 continue
+            name = info.name.encode("utf-8", "replace").decode()
             data = None
-            if 0 <= info.size <= MAX_MEMBER_BYTES:
+            if info.size <= MAX_MEMBER_BYTES:
                 file.seek(info.offset_data)
                 data = file.read(info.size)
                 if len(data) < info.size:
-                    end.truncated = f"ends inside {info.name}"
-                    yield Member(info.name, info.offset_data, info.size, None)
+                    end.truncated = f"ends inside {name}"
+                    yield Member(name, info.offset_data, info.size, None)
                     return
-            yield Member(info.name, info.offset_data, info.size, data)
+            yield Member(name, info.offset_data, info.size, data)
         # A whole archive ends with a block of zeros. tarfile stops without a word at a cut between members, too.
         file.seek(archive.offset)
         tail = file.read(BLOCK_BYTES)

@@ -8,6 +8,7 @@ be read costs the rows that it held, and they are counted.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,19 +36,33 @@ CAPTION_COLUMNS = ("caption", "text", "captions", "txt", "TEXT")
 IMAGES_PER_BATCH = 16
 ROWS_PER_BATCH = 1024
 MAX_LOST_ROWS = 1 << 20  # a broken file may claim any number of rows
+UNFIT = b"\xff"  # no text and no number: a value that can't be read fails its row, and no other
+NO_VALUE = (pa.ArrowException, ValueError, KeyError, OverflowError)  # of a value that Python has none for
 
 
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[tuple[pq.ParquetFile, Watched]]:
-    """The open file and its watch. Raises UnreadableError when it is no parquet file."""
+    """The open file and its watch.
+
+    Raises:
+        UnreadableError: no parquet file, two columns of a name, or more rows than bytes.
+    """
     with storage.open_read(path) as raw:
         watched = Watched(raw)
         try:
             file = pq.ParquetFile(watched, pre_buffer=False)
+            sizes = [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
         except (pa.ArrowException, OSError, ValueError) as error:
             watched.reraise()
             raise UnreadableError(f"no readable parquet file: {error}") from error
         with file:
+            names = file.schema_arrow.names
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise UnreadableError(f"no readable parquet file: two columns {listed(repeated)}")
+            size_bytes = raw.seek(0, os.SEEK_END)
+            if min(sizes, default=0) < 0 or sum(sizes) > size_bytes:  # each would become a row of the pool
+                raise UnreadableError(f"no readable parquet file: {sum(sizes)} rows in {size_bytes} bytes")
             yield file, watched
 
 
@@ -112,9 +127,24 @@ def row_dicts(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
             column = column.cast(pa.large_list(pa.large_binary()))
         elif _is_text(column.type) or _is_text(getattr(column.type, "value_type", None)):
             column = column.cast(pa.large_binary())
-        columns.append(column.to_pylist())
+        columns.append(values_of(column))
     for values in zip(*columns, strict=True):
         yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def values_of(column: pa.Array) -> list[Any]:
+    """The column's values; UNFIT for one that Python has none for, such as a day after the year 9999."""
+    try:
+        return column.to_pylist()
+    except NO_VALUE:
+        return [_value(one) for one in column]
+
+
+def _value(one: pa.Scalar) -> Any:
+    try:
+        return one.as_py()
+    except NO_VALUE:
+        return UNFIT
 
 
 def _group_samples(unit: Unit, file: pq.ParquetFile, watched: Watched, group: int, images: bool) -> Iterator[Sample]:

@@ -46,8 +46,15 @@ ORIGINAL_NAME = "original_name"  # a column that `carry` can always keep: the sa
 ORIGINAL_FILE = "original_file"  # one that it can keep of tars: which of them the sample is from
 
 
+# What converting a value of the wrong kind raises: a whole number beyond floats, lists within lists without end.
+UNFIT_ERRORS = (KeyError, TypeError, ValueError, ArithmeticError, RecursionError)
+
+
 class UnreadableError(Exception):
-    """A file that can't be read at all as what it is called."""
+    """A file that can't be read at all as what it is called; its message is made one line."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
 
 
 @dataclass(frozen=True)
@@ -206,15 +213,15 @@ def with_metadata(sample: Sample, settings: Settings, values: Mapping[str, Any])
     if isinstance(given, str) and UID.fullmatch(given.lower()):
         uid = given.lower()
     elif settings.uid_column:
-        problem = ("bad_uid", f"{settings.uid_column} = {str(given)[:80]!r}, expected 32 hex digits")
+        problem = ("bad_uid", f"{settings.uid_column} = {_shown(given)}, expected 32 hex digits")
     carried: dict[str, Any] = {}
     for column, kind in settings.carry.items():
         value = sample.key if column == ORIGINAL_NAME and column not in values else _text(values.get(column))
         try:
             carried[column] = _converted(value, kind)
-        except (KeyError, TypeError, ValueError, OverflowError, FloatingPointError):
+        except UNFIT_ERRORS:
             carried[column] = None
-            problem = problem or ("bad_metadata", f"{column} = {str(value)[:80]!r}, expected {kind}")
+            problem = problem or ("bad_metadata", f"{column} = {_shown(value)}, expected {kind}")
     if settings.sha256_column:
         digest = _text(values.get(settings.sha256_column))
         known = isinstance(digest, str) and SHA256.fullmatch(digest.lower())
@@ -223,9 +230,9 @@ def with_metadata(sample: Sample, settings: Settings, values: Mapping[str, Any])
         boxes = _text(values.get(settings.face_boxes_column))
         try:
             carried[FACE_BOXES] = _boxes_text(boxes)
-        except (TypeError, ValueError, RecursionError):
+        except UNFIT_ERRORS:
             carried[FACE_BOXES] = None
-            found = f"{settings.face_boxes_column} = {str(boxes)[:80]!r}"
+            found = f"{settings.face_boxes_column} = {_shown(boxes)}"
             problem = problem or ("bad_metadata", f"{found}, expected a list of boxes of four numbers")
     sample = sample.having(
         uid=uid,
@@ -279,6 +286,14 @@ def packed(sizes: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
 
 def _text(value: Any) -> Any:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+
+
+def _shown(value: Any) -> str:
+    """The start of a value for a message."""
+    try:
+        return repr(str(value)[:80])
+    except (RecursionError, ValueError):  # too deep, or a whole number of too many digits
+        return f"a {type(value).__name__}"
 
 
 def _clean(value: Any) -> str | None:

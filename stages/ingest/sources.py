@@ -507,10 +507,17 @@ def _class_captions(task: str) -> tuple[str, ...] | None:
     if not storage.exists(path):
         return None
     templates = storage.join(task, TEMPLATES_FILE)
-    lines = storage.read_bytes(templates).decode("utf-8").splitlines() if storage.exists(templates) else []
+    lines = _lines(templates) if storage.exists(templates) else []
     template = next((line for line in lines if line.strip()), "{c}")
-    names = storage.read_bytes(path).decode("utf-8").splitlines()
+    names = _lines(path)
     return tuple(template.replace("{c}", name) for name in names)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return storage.read_bytes(path).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected text in UTF-8 ({error})") from error
 
 
 def _with_tables(root: str, files: Mapping[str, FileEntry]) -> dict[str, FileEntry]:

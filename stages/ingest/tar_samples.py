@@ -135,7 +135,7 @@ def _groups(members: Iterator[Member], end: TarEnd) -> Iterator[_Group]:
     seen: set[str] = set()
     group: _Group | None = None
     for member in members:
-        name = _clean_name(member.name)
+        name = member.name.removeprefix("./")
         kind = extension(name)
         if not kind or is_hidden(name):
             continue
@@ -243,10 +243,6 @@ def _after_the_end(watched: Watched) -> str | None:
         if chunk.strip(b"\0"):
             return f"more data after an end mark at byte {offset_bytes}"
     return None
-
-
-def _clean_name(name: str) -> str:
-    return name.encode("utf-8", "replace").decode().removeprefix("./")
 
 
 def _readable(value: Any) -> str:

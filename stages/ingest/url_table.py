@@ -60,6 +60,7 @@ from stages.ingest.samples import (
     with_captions,
     with_metadata,
 )
+from stages.tensor_files import UNREADABLE
 
 URL_COLUMNS = ("URL", "url", "image_url", "image_link", "img_url", "src")  # looked for when none is named
 CAPTION_COLUMNS = ("text", "TEXT", "caption", "alt_text", "alt", "title")
@@ -70,12 +71,10 @@ VECTOR = "float16[]"
 URL = re.compile(r"\s*https?://", re.IGNORECASE)
 ROWS_PER_BATCH = 4096
 BUFFER_BYTES = 1 << 20
-MAX_FILE_ROWS = 1 << 28  # a broken parquet file may claim any number of rows
 MAX_LINE_BYTES = 16 << 20  # of a line, or of one object in a json list
 MAX_RECORD_LINES = 1000  # of one quoted row of a csv
 MAX_VECTOR_VALUES = 1 << 16
 ROWS_FOR_NAMES = 1000  # objects of a json or jsonl whose keys count as the table's columns
-UNFIT = b"\xff"  # no text and no number: a value that can't be read fails its row, and no other
 
 # A row as found: (where it stands, its values) or (where it stands, why it can't be read).
 Row = tuple[str, "Mapping[str, Any] | str"]
@@ -115,8 +114,6 @@ def resolved(settings: Settings, path: str, place: str) -> Settings:
     if kind == "parquet":
         with parquet_rows.opened(path) as (file, _):
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
-        if num_rows > MAX_FILE_ROWS:
-            raise UnreadableError(f"claims {num_rows} rows, at most {MAX_FILE_ROWS}")
         there = list(schema.names)
     else:
         there, guessed = _text_columns(path, settings)
@@ -457,9 +454,9 @@ def _values(column: pa.Array) -> Sequence[Any]:
             return _iso_text(column).to_pylist()
         if _is_list(kind) and pa.types.is_floating(kind.value_type):
             return [one.values.to_numpy(zero_copy_only=False) if one.is_valid else None for one in column]
-        return column.to_pylist()
-    except (pa.ArrowException, ValueError, KeyError, OverflowError):
-        return [_value(one) for one in column]
+    except parquet_rows.NO_VALUE:
+        pass
+    return parquet_rows.values_of(column)
 
 
 def _iso_text(column: pa.Array) -> pa.Array:
@@ -474,16 +471,8 @@ def _iso_text(column: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(text, suffix, "") if suffix else text
 
 
-def _value(one: pa.Scalar) -> Any:
-    try:
-        return one.as_py()
-    except (pa.ArrowException, ValueError, KeyError, OverflowError):
-        return UNFIT
-
-
 # Features: arrays of an npz beside the parquet file.
 
-NPZ_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError)
 _places: dict[tuple[str, str, str], _Features] = {}  # where this process stands in arrays: the last ones that it read
 MAX_PLACES = 8
 
@@ -491,7 +480,7 @@ MAX_PLACES = 8
 class _Features:
     """Rows of an array in an npz, read forward: neither the file nor the array is ever whole in memory.
 
-    Raises one of NPZ_ERRORS for what is no array of rows of floats.
+    Raises one of UNREADABLE for what is no array of rows of floats.
     """
 
     def __init__(self, path: str, key: str):
@@ -505,8 +494,8 @@ class _Features:
                 raise ValueError(
                     f"is {self._dtype} of shape {self.shape}, expected rows of float16, float32 or float64"
                 )
-            if self.shape[1] > MAX_VECTOR_VALUES:
-                raise ValueError(f"has {self.shape[1]} values a row, at most {MAX_VECTOR_VALUES}")
+            if not 1 <= self.shape[1] <= MAX_VECTOR_VALUES:
+                raise ValueError(f"has {self.shape[1]} values a row, expected 1 to {MAX_VECTOR_VALUES}")
         except BaseException:
             self._file.close()
             raise
@@ -537,7 +526,7 @@ def _vectors(path: str, key: str, row: int, count: int) -> np.ndarray:
     try:
         features = features or _Features(path, key)
         found = features.read(row, count)
-    except NPZ_ERRORS as error:
+    except UNREADABLE as error:
         if features is not None:
             features.close()
         raise WinnowError(f"{path}: {key} can't be read at row {row}: {error}; expected the whole npz") from error
@@ -564,7 +553,7 @@ def _check_features(path: str, key: str, num_rows: int, there: Sequence[str], pl
         features = _Features(npz, key)
     except KeyError as error:
         raise ConfigError(f"{problem}, which has no {key}") from error
-    except NPZ_ERRORS as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{place}: {key} in {storage.name_of(npz)}: {error}") from error
     features.close()
     if features.shape[0] != num_rows:

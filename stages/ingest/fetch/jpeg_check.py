@@ -9,15 +9,15 @@ the last one at the end marker, decoding can't fail; trying it would tell nothin
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
+
+from pipeline.core.images import NEXT_MARKER
 
 MAX_SIDE_PX = 65_500  # of libjpeg
 MAX_BLOCKS = 1 << 20  # of 8 x 8 pixels: as many differences of at most 2,047 stay within 32 bits
 MAX_DIFFERENCE_BITS = 11  # of two mean values, as the standard has it for 8 bits
 MAX_SEGMENTS = 500  # common files have 10 to 30, with long profiles 100
 MAX_SCANS = 50  # each one costs a pass over all blocks; progressive photos have 10
-NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # what ends a scan: neither stuffing nor a restart
 # Segments that Pillow looks into: what they start with, and the bytes up to which it then relies on them.
 _READ_BY_PILLOW = {0xE0: (b"JFIF\0", 12), 0xE2: (b"ICC_PROFILE\0", 14), 0xEE: (b"Adobe", 12)}
 

@@ -18,19 +18,14 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from pipeline.core.errors import ImageError
-from pipeline.core.images import FORMATS, MAX_PIXELS, ORIENTATION_TAG, no_warnings, open_image
+from pipeline.core.images import FORMATS, MAX_PIXELS, ORIENTATION_TAG, gif_frames, no_warnings, open_image
 from stages.ingest.fetch.area_resize import area_resize
-from stages.ingest.fetch.jpeg_check import NEXT_MARKER, sure_jpeg
+from stages.ingest.fetch.jpeg_check import sure_jpeg
 from stages.ingest.fetch.settings import ImageRecipe
 
 cv2.setNumThreads(1)  # many threads store pictures at once; each is one core's work
 
 MAX_SIDE_PX = {"jpg": 65_500, "png": 1 << 30, "webp": 16_383}  # of the encoders
-MAX_SCANS = 100  # of a JPEG; each one costs a pass over all blocks, however few its bytes. Progressive photos have 10
-MAX_PARTS = 5_000  # segments of a JPEG, which Pillow keeps at many times their size; 64 MB of XMP are 1,000
-MAX_JPEG_FILL_BYTES = 1 << 16  # between segments, where Pillow reads one byte at a time
-MAX_PNG_CHUNKS = 100_000  # 64 MB in chunks of the usual 8 kB are 8,000
-MAX_GIF_HEADER_BYTES = 1 << 20  # before the first frame; Pillow's time grows with the square of a comment's length
 PLAIN_MODES = {"1", "L", "P", "RGB"}  # what decode_rgb reads without loss of meaning, transparency aside
 EXIF_IFD = 0x8769
 # Places (GPS), opaque or large (maker's note, XMP, IPTC, ICC), and pointers to other folders.
@@ -59,14 +54,10 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
     Raises:
         ImageError: undecodable, unsupported_format, too_many_pixels or too_many_frames.
     """
-    gif_frames = 1
+    frames = gif_frames(data, recipe.max_frames + 1) if data[:4] == b"GIF8" else 1
+    if frames > recipe.max_frames:
+        raise ImageError("too_many_frames", f"more than {recipe.max_frames} frames")
     sure = sure_jpeg(data)
-    if data[:4] == b"GIF8":
-        gif_frames = _gif_frames(data, recipe.max_frames)
-    elif data[:2] == b"\xff\xd8" and sure is None:
-        _guard_jpeg(data)
-    elif data[:4] == b"\x89PNG":
-        _guard_png(data)
     try:
         boxes = _usable_boxes(face_boxes) if recipe.blur_faces else []
         if recipe.keep_original and not boxes and sure is not None and sure.is_bare:  # Pillow has nothing to add
@@ -75,7 +66,7 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
                 return Picture(data, "jpg", *size, *size, "{}")
         with no_warnings():
             image = open_image(data, recipe.max_pixels)
-            animated = gif_frames > 1 or _is_animated(image, recipe.max_frames)
+            animated = frames > 1 or _is_animated(image, recipe.max_frames)
             is_jpeg = image.format not in FORMATS or image.format == "JPEG"  # an MPO is a JPEG with more JPEGs behind
             if not is_jpeg:
                 image.load()
@@ -118,75 +109,6 @@ def stored_picture(data: bytes, recipe: ImageRecipe, face_boxes: Sequence[Sequen
     else:
         stored = _encoded(rgb, recipe)
     return Picture(stored, recipe.format, *final, *upright, exif)
-
-
-def _gif_frames(data: bytes, max_frames: int) -> int:
-    """The number of a GIF's frames, counted by walking over their blocks, no pixel decoded.
-
-    Raises ImageError where frames are too many, or what comes before the first is too long.
-    """
-    frames = 0
-    try:
-        at = 13 + _color_table_bytes(data[10])
-        while data[at] != 0x3B:
-            kind = data[at]
-            if kind == 0x2C:
-                frames += 1
-                if frames > max_frames:
-                    raise ImageError("too_many_frames", f"more than {max_frames} frames")
-                at += 11 + _color_table_bytes(data[at + 9])
-            elif kind == 0x21:
-                at += 2
-            elif frames:
-                break  # junk; the first frame is all that is read
-            else:
-                at += 1
-                if at > MAX_GIF_HEADER_BYTES:
-                    raise ImageError("undecodable", f"{at} bytes of junk before the first frame")
-                continue
-            while data[at]:
-                at += data[at] + 1
-            at += 1
-            if not frames and at > MAX_GIF_HEADER_BYTES:
-                raise ImageError("undecodable", f"more than {MAX_GIF_HEADER_BYTES} bytes before the first frame")
-    except IndexError:  # the data end early; whether the first frame is whole, the decoder says
-        if not frames and len(data) > MAX_GIF_HEADER_BYTES:
-            raise ImageError("undecodable", f"{len(data)} bytes without a whole frame") from None
-    return frames
-
-
-def _color_table_bytes(flags: int) -> int:
-    """The bytes of the GIF colour table that the flags announce."""
-    return 3 * (2 << (flags & 7)) if flags & 0x80 else 0
-
-
-def _guard_jpeg(data: bytes) -> None:
-    """Nothing; raises ImageError where a JPEG has so many segments or scans that reading it would not end."""
-    # Only a real scan counts: the bytes of one may be in a thumbnail, or in a video behind the photo.
-    at, parts, scans = 2, 0, 0
-    many_scans = data.count(b"\xff\xda") > MAX_SCANS
-    while (marker := NEXT_MARKER.search(data, at)) is not None:
-        if not scans and marker.end() - at > MAX_JPEG_FILL_BYTES:
-            raise ImageError("undecodable", f"more than {MAX_JPEG_FILL_BYTES} bytes between two segments")
-        kind, at = data[marker.end() - 1], marker.end()
-        if kind == 0xD9 or (kind == 0xDA and not many_scans):
-            return
-        parts += 1
-        scans += kind == 0xDA
-        if parts > MAX_PARTS or scans > MAX_SCANS:
-            raise ImageError("undecodable", f"more than {MAX_PARTS} segments or {MAX_SCANS} scans in a JPEG")
-        if kind not in (0x01, 0xD8):
-            at += int.from_bytes(data[at : at + 2], "big")
-
-
-def _guard_png(data: bytes) -> None:
-    """Nothing; raises ImageError where a PNG has so many chunks that reading it would not end."""
-    at, parts = 8, 0
-    while at < len(data):
-        parts += 1
-        if parts > MAX_PNG_CHUNKS:
-            raise ImageError("undecodable", f"more than {MAX_PNG_CHUNKS} chunks in a PNG")
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
 
 
 def _is_animated(image: Image.Image, max_frames: int) -> bool:
