@@ -431,8 +431,8 @@ def _files_of(known: Task) -> str:
     """What a known task's folder holds, in words."""
     if known.type == ASSOCIATION:
         return f"{winogavil.QUESTIONS_FILE} and {winogavil.IMAGES_FOLDER}/"
-    first = TYPE_FILE if known.type == RETRIEVAL else CLASSES_FILE
-    return f"{first}, {SHARDS_FILE} and {SPLIT}/0.tar"
+    first = TYPE_FILE if known.type == RETRIEVAL else f"{CLASSES_FILE}, {TEMPLATES_FILE}"
+    return f"{first}, {SHARDS_FILE} and {SPLIT}/0.tar, ..."
 
 
 def _read_task(known: Task | str, folder: str, own: Mapping[str, Any], place: str) -> TaskData:
@@ -478,7 +478,7 @@ def _read_tars(known: Task | str, folder: str, files: set[str], own: Mapping[str
     name = known if isinstance(known, str) else known.name
     said = _text(folder, TYPE_FILE, at).strip().lower() if TYPE_FILE in files else "classification"
     if said not in TYPES:
-        raise ConfigError(f"{at}: {folder}/{TYPE_FILE} says {said}, expected classification or retrieval")
+        raise ConfigError(f"{at}: {folder}/{TYPE_FILE} says {said[:40]!r}, expected classification or retrieval")
     kind = TYPES[said]
     if kind == CLASSIFICATION and isinstance(known, Task) and known.type == FACES:
         kind = FACES

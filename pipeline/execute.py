@@ -462,6 +462,10 @@ class Executor:
             start = {"folder": storage.join(_path(statuses, step.inputs["start"]), "open_clip")}
         arguments = (work.recipe.model, work.recipe.image_size_px, start)
         (preprocess,) = self.engine.map(remote.preprocess_of, [arguments], [f"{label}/preprocess"], resources)
+        size = preprocess["size"]
+        height_px, width_px = (size, size) if isinstance(size, int) else size
+        # of one's own task nobody says how many images there are before its tars are read
+        self._check_room(step, statuses, 3 * height_px * width_px * (data.task.images or 0))
         shards = data.shards + data.train_shards
         self.progress.start(label, len(shards), "tars")
         done = self.engine.map(
@@ -505,8 +509,7 @@ class Executor:
 
     def _check_disk(self, step: Step, statuses: Mapping[str, Status]) -> None:
         """None. Raises StepError when the step would write more than there is room for."""
-        free = storage.free_bytes(self.plan.config.root)
-        if free is None:
+        if storage.free_bytes(self.plan.config.root) is None:
             return
         if step.kind == "pool" and not isinstance(step.work, DownloadSettings):
             real = [source for source in step.work.values() if source.layout != sources.DEMO]
@@ -518,6 +521,13 @@ class Executor:
             tars = sum(entry["bytes"] for name, entry in files.items() if name.endswith(".tar"))
             needed = int(tars * facts["kept_samples"] / max(1, facts["ok_rows"]))
         else:
+            return
+        self._check_room(step, statuses, needed)
+
+    def _check_room(self, step: Step, statuses: Mapping[str, Status], needed: int) -> None:
+        """None. Raises StepError when there is no room for these bytes, less those that are there already."""
+        free = storage.free_bytes(self.plan.config.root)
+        if free is None:
             return
         folder = _path(statuses, step.name)
         needed -= sum(storage.size_bytes(storage.join(folder, name)) for name in storage.list_files(folder))

@@ -54,17 +54,19 @@ DOWNLOAD_TYPES = {
     column: name for column, kind in download.COLUMNS.items() for name, known in ARROW_TYPES.items() if known == kind
 }
 STAGES = "stages"  # `--until stages`: all of the config's stages, and the pool's profile
+WITHOUT_TASKS = (STAGES, "pool", "urls")  # an `--until` that reads no task, unless a stage is against them
 TASKS = "tasks"  # what a stage is `against` that compares the pool with the images of all tasks
 DEMO = "demo"  # the word for the embedded world, as a source and as the root of tasks
 EVERYTHING = {"everything": algebra.Strategy("everything", ())}  # every ok row, but for what is excluded
 
 
-def build(config: Config, place: str, fetch_tasks: bool = True) -> Plan:
+def build(config: Config, place: str, fetch_tasks: bool = True, until: str | None = None) -> Plan:
     """The plan of an experiment. Raises ConfigError for everything that can be known before work starts.
 
     Args:
         place: the config file's path, for messages.
         fetch_tasks: whether tasks on the hub are fetched; else what would be is an error.
+        until: the steps to reach (see targets); where these evaluate nothing, tasks may be missing and are no steps.
     """
     steps: dict[str, Step] = {}
 
@@ -434,7 +436,9 @@ def build(config: Config, place: str, fetch_tasks: bool = True) -> Plan:
                 elif isinstance(rule, algebra.Comparison) and rule.operator in ("<", "<=", ">", ">="):
                     yield rule.column, rule.operator in ("<", "<=")
 
-    tasks = {} if ends_at_selections else _add_tasks(config, add, place, fetch_tasks)
+    against_tasks = [alias for alias, stage in stages.items() if stage.uses_references and stage.against == TASKS]
+    reads_tasks = not ends_at_selections and (until not in WITHOUT_TASKS or bool(against_tasks))
+    tasks = _add_tasks(config, add, place, fetch_tasks) if reads_tasks else {}
     add_pool(read, config.pool, settings)
     reference_types: dict[str, set[str]] = {}  # of their own columns
     for name, reference in config.references.items():
@@ -482,7 +486,6 @@ def build(config: Config, place: str, fetch_tasks: bool = True) -> Plan:
                     values = {"task": data.digest if data else task}
                     name = f"{prefix}/eval/{task}"
                     add(Step(name, "results", eval_tasks.METRIC_VERSION, values, inputs, "eval", task))
-    against_tasks = [alias for alias, stage in stages.items() if stage.uses_references and stage.against == TASKS]
     if config.eval.leave_out is not None and config.eval.leave_out not in against_tasks:
         hint = suggestion(config.eval.leave_out, against_tasks)
         raise ConfigError(
@@ -710,8 +713,13 @@ def _add_tasks(
 ) -> dict[str, eval_tasks.TaskData | None]:
     """{name: task} in the config's order; adds the step that draws the demo world's own tasks."""
     if config.eval.root != DEMO:
-        found = eval_tasks.resolve_tasks(config.eval.tasks, config.eval.root, f"{place}: eval", download=fetch)
-        return {data.name: replace(data, digest=eval_tasks.task_digest(data)) for data in found}
+        try:
+            found = eval_tasks.resolve_tasks(config.eval.tasks, config.eval.root, f"{place}: eval", download=fetch)
+            return {data.name: replace(data, digest=eval_tasks.task_digest(data)) for data in found}
+        except WinnowError:
+            raise
+        except Exception as error:  # each store has error classes of its own; all mean the same to the user
+            raise ConfigError(f"{place}: eval.tasks can't be read: {one_line(error)}") from error
     add(Step("tasks", "tasks", demo_world.VERSION, {"seed": config.seed}, {}, "pool"))
     for index, entry in enumerate(config.eval.tasks):
         if not isinstance(entry, str) or entry not in demo_world.TASKS:

@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
 
         loaded = runs.find_beside(loaded)
         report.check_beside(loaded)
-    plan = planning.build(loaded, options.config, fetch_tasks=not options.plan)
+    plan = planning.build(loaded, options.config, fetch_tasks=not options.plan, until=options.until)
     targets = planning.targets(plan, options.until)
     if options.plan:
         print(states.describe(plan, targets))

@@ -551,6 +551,23 @@ def test_a_metric_that_the_row_has_not_is_said(tmp_path):
     assert any(expected in line for line in board.beside.remarks)
 
 
+def test_another_metric_does_not_stand_in_the_tasks_column(tmp_path):
+    tasks = dict.fromkeys(("imagenet1k", "objects"), ("zeroshot_classification", "acc5", 0.005))
+    run = write_run(tmp_path / "root", seeds=(0,), num_items=120, tasks=tasks)
+    pattern = write_clip_benchmark(tmp_path / "one", name="named", **{"wds/imagenet1k": {"acc1": 0.6}})
+    (tmp_path / "plain.csv").write_text("name,imagenet1k,objects\nunnamed,60,80\n")
+    board = build_report(
+        str(run), beside({"results": pattern}, {"results": str(tmp_path / "plain.csv"), "unit": "percent"})
+    )
+    for row in board.beside.rows:
+        assert row.scores["imagenet1k"].value is None
+        assert row.aggregates["imagenet"].value == 0.6
+        assert row.average.value is None
+    assert sum("other metrics than the task's own of imagenet1k (acc1)" in line for line in board.beside.remarks) == 2
+    lines = list(csv.DictReader(io.StringIO((run / "leaderboard.csv").read_text())))
+    assert [line["imagenet1k"] for line in lines if line["source"]] == ["", ""]
+
+
 HOSTILE = '</table><script>alert("x")</script>=1+1 \u202e\x1b[31m|`*'
 
 

@@ -116,7 +116,8 @@ def test_everything_that_is_missing_is_said_at_once_in_one_line(tmp_path):
     assert "\n" not in message
     assert f"eval.tasks.0 = pets: {tmp_path}/pets lacks classnames.txt, test/1.tar" in message
     assert f"eval.tasks.1 = imagenet1k: no files in {tmp_path}" in message
-    assert "imagenet1k or wds_imagenet1k_test with classnames.txt, test/nshards.txt and test/0.tar" in message
+    files = "classnames.txt, zeroshot_classification_templates.txt, test/nshards.txt and test/0.tar, ..."
+    assert f"imagenet1k or wds_imagenet1k_test with {files}" in message
     assert "expected a folder fairness/geode or wds_geode_test with classnames.txt" in message
     assert "wds_misc-winogavil_test with winogavil_dataset.csv and winogavil_images/" in message
     assert "eval.tasks.3 = bets, expected a folder" in message
@@ -161,7 +162,7 @@ def test_settings_that_make_no_sense(tmp_path, entry, message):
         ({"zeroshot_classification_templates.txt": "a {c.__class__}\n"}, r"expected a prompt with the class as {c}"),
         ({"zeroshot_classification_templates.txt": "a {c:>999999999}\n"}, r"expected a prompt with the class as {c}"),
         ({"zeroshot_classification_templates.txt": "a {c\n"}, r"expected a prompt with the class as {c}"),
-        ({"dataset_type.txt": "multilabel\n"}, r"says multilabel, expected classification or retrieval"),
+        ({"dataset_type.txt": "multilabel\n"}, r"says 'multilabel', expected classification or retrieval"),
         ({"test/nshards.txt": "two\n"}, r"says 'two', expected a count of tars"),
         ({"test/nshards.txt": "1\n", "test/1.tar": ""}, r"says 1, but test/1.tar is there too"),
     ],

@@ -202,6 +202,18 @@ def test_a_commit_pins_and_no_commit_warns_once_with_the_newest(server, warnings
     assert task_digest(found[0]) == task_digest(resolve_task(pinned(NEW)))
 
 
+def test_a_branch_that_moves_changes_nothing_of_a_process(server):
+    address = f"hf://datasets/{TASK}"
+    assert resolve_task({"name": "birds", "path": address}).source == f"{address}@{NEW}"
+    server.repositories[TASK]["2c" * 20] = {**FILES, "train/0.tar": b"\1" * 10240}
+    server.branches[TASK] = "2c" * 20
+    data = resolve_task({"name": "birds", "path": address, "mode": "linear_probe"})
+    assert data.source == f"{address}@{NEW}"
+    assert data.classnames == ("rook", "owl")
+    assert storage.read_bytes(storage.join(data.path, "train/0.tar")) == FILES["train/0.tar"]
+    assert all(path.startswith(f"{NEW}/") for path in server.files_asked())
+
+
 def test_the_root_can_be_an_owner_on_the_hub(server, warnings):
     names = "\n".join(f"class {number}" for number in range(47)).encode()
     server.repositories["djghosh/wds_vtab-dtd_test"] = {OLD: {**FILES, "classnames.txt": names}}

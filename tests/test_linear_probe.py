@@ -153,6 +153,8 @@ def test_the_chosen_strength_is_on_the_grid_and_no_worse_than_its_neighbours():
     coarse = [10.0**decade for decade in (-2, 0, 2, 4, 6)]
     for other in [*coarse, probe.l2 * 10**0.125, probe.l2 / 10**0.125]:
         assert chosen >= score(other) or chosen == pytest.approx(score(other), abs=1e-4), other
+    every = plain_optimum(image_ND.double().numpy(), label_N, 4, probe.l2)  # those held out are fitted to at last
+    assert probe.weight_DC.numpy() == pytest.approx(every[:-1], rel=1e-3, abs=0.01)
 
 
 def test_a_class_without_training_images_is_never_predicted():

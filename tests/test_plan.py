@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import sys
 
 import pytest
 import yaml
 
-from pipeline import account, execute, runs, states
+from pipeline import account, execute, remote, runs, states
 from pipeline import plan as planning
 from pipeline.core import config, storage
 from pipeline.core.errors import ConfigError, StepError
 from tests.download_fixture import write_table
-from tests.engine_fixture import run_here
+from tests.engine_fixture import EngineHere, run_here
+from tests.task_fixture import write_files
 from tests.test_metadata_run import metadata
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -356,6 +358,80 @@ def test_a_step_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "free_bytes", lambda path: 4000)
     with pytest.raises(StepError, match=r"pool: not enough disk at .*: it will write about 5.02kB, 4kB are free"):
         executor._check_disk(plan.steps["pool"], statuses)
+
+
+def test_what_is_in_the_pool_needs_no_task(tmp_path):
+    """configs/folder.yaml names tasks that a user need not have to look at a pool."""
+    loaded = config.load(TINY, [f"root={tmp_path}/root", f"eval={{root: {tmp_path}, tasks: [cifar10]}}"])
+    for until in ("stages", "pool"):
+        plan = planning.build(loaded, TINY, until=until)
+        assert "pool" in planning.targets(plan, until) or planning.targets(plan, until)[-1] == "profile"
+        assert not any(step.kind in ("results", "task_images") for step in plan.steps.values())
+    for until in (None, "clip", "no_filter"):
+        with pytest.raises(ConfigError, match=r"eval\.tasks\.0 = cifar10: no files in"):
+            planning.build(loaded, TINY, until=until)
+    stages = "stages=[hashes, {name: contamination, against: tasks}]"
+    overrides = [stages, "models={}", "strategies={no_filter: {}}", "compare=[no_filter]"]
+    against = config.load(TINY, [f"root={tmp_path}/root", f"eval={{root: {tmp_path}, tasks: [cifar10]}}", *overrides])
+    with pytest.raises(ConfigError, match=r"eval\.tasks\.0 = cifar10: no files in"):
+        planning.build(against, TINY, until="stages")
+
+
+def test_tasks_that_a_store_refuses_are_one_line(tmp_path, monkeypatch):
+    """botocore's NoCredentialsError is no OSError."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"eval\.tasks can't be read: .*[Cc]redentials"):
+        plan_of(tmp_path, "eval={root: s3://bucket-of-r1/eval, tasks: [cifar10]}")
+
+
+def test_images_of_a_published_task_that_would_fill_the_disk_are_refused(tmp_path, monkeypatch):
+    """At 224 pixels those of DataComp's 40 tasks take 110 GB."""
+    folder = write_files(
+        tmp_path / "tasks" / "stl10",
+        {
+            "classnames.txt": "\n".join(f"class {number}" for number in range(10)) + "\n",
+            "zeroshot_classification_templates.txt": "a photo of a {c}.\n",
+            "test/nshards.txt": "1\n",
+            "test/0.tar": bytes(10240),
+        },
+    )
+    plan = plan_of(tmp_path, f"eval={{root: {pathlib.Path(folder).parent}, tasks: [stl10]}}")
+    monkeypatch.setattr(storage, "free_bytes", lambda path: 1000)
+    outcome = run_here(plan, ["images/stl10"])
+    # 8,000 images of 3 x 16 x 16 bytes
+    assert re.search(
+        r"images/stl10: not enough disk at .*: it will write about 6.14MB", outcome.failures["images/stl10"]
+    )
+
+
+class Dealing(EngineHere):
+    """Remembers the tasks of each evaluation that it runs."""
+
+    def __init__(self):
+        self.dealt = []
+
+    def map(self, function, items, names, resources, on_done=None):
+        if function is remote.evaluate_all:
+            self.dealt.append([data.name for data in items[0][3]])
+        return super().map(function, items, names, resources, on_done)
+
+
+@pytest.mark.parametrize(("workers", "dealt"), [(1, [3]), (2, [1, 2]), (5, [1, 1, 1])])
+def test_tasks_of_a_checkpoint_are_dealt_to_the_workers_of_eval(tmp_path, monkeypatch, workers, dealt):
+    engine = Dealing()
+    monkeypatch.setattr("tests.engine_fixture.EngineHere", lambda: engine)
+    tasks = ["objects", "colours", "retrieval"]
+    plan = plan_of(tmp_path, f"cluster.eval={{workers: {workers}}}", "compare=[no_filter]", f"eval.tasks={tasks}")
+    # what they need first, so that all are ready together
+    assert not run_here(plan, ["no_filter/seed0/train", *(f"images/{task}" for task in tasks)]).failures
+    names = [f"no_filter/seed0/eval/{task}" for task in tasks]
+    assert not run_here(plan, names).failures
+    assert sorted(map(len, engine.dealt)) == dealt
+    assert sorted(name for tasks_of_worker in engine.dealt for name in tasks_of_worker) == sorted(tasks)
 
 
 def test_secrets_in_urls_stay_out_of_what_is_written(tmp_path):

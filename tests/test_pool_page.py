@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import html
 import json
@@ -98,6 +99,15 @@ def test_precision_and_recall_are_those_of_the_rows(run):
             if kept and (name, tenths) != ("score", 1):  # whose numbers are all infinite
                 edge = max(row[name] for row in kept) if low else min(row[name] for row in kept)
                 assert line.edge == pytest.approx(edge)
+
+
+def test_digests_stay_out_of_the_terminal(run):
+    found = read_run(str(run[0]))
+    values = {**found.profile.values, "caption_sha256": found.profile.values["language"]}
+    found = dataclasses.replace(found, profile=dataclasses.replace(found.profile, values=values))
+    text = pool_page.pool_text(found)
+    assert "language: " in text and "_sha256" not in text
+    assert "caption_sha256" in pool_page.pool_json(found)
 
 
 def test_the_terminal_and_json_say_what_the_page_says(run):

@@ -20,6 +20,7 @@ import pytest
 
 from pipeline.core.errors import WinnowError
 from pipeline.report import build_report, make_leaderboard, markup, plots, read_run, terminal_table
+from pipeline.report.leaderboard import percent
 from pipeline.report.page import html_page
 from pipeline.report.tables import places_text
 from pipeline.report.trainings import version_lines
@@ -161,7 +162,36 @@ def test_unreadable_results_are_reasons_not_crashes(tmp_path):
     reasons = " | ".join(row_of(build_report(str(run)), "no_filter").reasons)
     assert "seed 0: objects: ArrowInvalid" in reasons
     assert "has no metric mean_per_class_recall, only acc1" in reasons
-    assert "seed 0: colours: FileNotFoundError" in reasons
+    assert re.search(r"seed 0: colours: results-\w+ is missing or unfinished", reasons)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-0.2", "57.3"])
+def test_a_score_that_is_no_fraction_is_a_reason_and_counts_nowhere(tmp_path, value):
+    run = write_run(tmp_path, seeds=(0, 1), num_items=120)
+    path = json.loads((run / "run.json").read_text())["results"][0]["path"]
+    (tmp_path / path / "result.json").write_text(f'{{"metrics": {{"acc1": {value}}}}}')
+    board = build_report(str(run))
+    row = row_of(board, "no_filter")
+    assert row.seeds == (1,)
+    assert re.fullmatch(rf"seed 0: objects: .*acc1 = {float(value)}, expected a fraction 0\.\.1", row.reasons[0])
+    assert all(0 <= row.average.value <= 1 for row in board.rows)
+
+
+def test_tasks_tested_with_more_seeds_than_the_average_are_not_called_untested(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1), num_items=120)
+
+    def change(data):  # clip_top30 has two seeds of all but one task, the others one seed of every task
+        for result in data["results"]:
+            if result["task"] == "colours" and (result["strategy"] == "clip_top30" or result["seed"] == 1):
+                result |= {"path": None, "error": "lost"}
+
+    edit_run(run, change)
+    board = build_report(str(run))
+    assert board.one_seed
+    assert row_of(board, "clip_top30").task_differences["objects"].p is not None
+    page = (run / "leaderboard.html").read_text()
+    assert "With one seed none can be called significant" not in page
+    assert "Bold with a dot" in page
 
 
 def test_result_that_contradicts_its_predictions_is_noted(tmp_path):
@@ -265,6 +295,44 @@ def test_groups_stand_for_their_tasks_when_there_are_many(tmp_path):
     weighted = (5 * row.scores["even"].value + 4 * row.scores["odd"].value) / 9
     assert row.average.value == pytest.approx(weighted)  # the average is over tasks, not over groups
     assert "even (5)" in terminal_table(board)
+    assert "leaderboard.md has the scores of the single tasks." in terminal_table(board)
+    score = row.task_scores["task3"]
+    expected = f"{percent(score.value)} ± {percent(score.half_width)}"
+    lines = (run / "leaderboard.md").read_text().splitlines()
+    cells_of_task = [cell.strip() for cell in next(line for line in lines if line.startswith("| task3 |")).split("|")]
+    assert cells_of_task[2:4] == ["acc1", "10.0"] and cells_of_task[4 + 1] == expected
+
+
+def test_many_tasks_of_no_group_do_not_fill_the_tables(tmp_path):
+    tasks = {f"task{i}": ("zeroshot_classification", "acc1", 0.1) for i in range(12)}
+    run = write_run(tmp_path, seeds=(0, 1), tasks=tasks, num_items=60)
+    edit_run(run, lambda data: [task.update(group="shifts") for task in data["tasks"][:2]])
+    board = build_report(str(run))
+    (head,) = [line for line in terminal_table(board, width=120).splitlines() if line.startswith("#")]
+    assert "shifts (2)" in head and "average (12)" in head and "kept" in head and "task5" not in head
+    assert len(head) <= 120
+    markdown = (run / "leaderboard.md").read_text()
+    assert markdown.count("| task5 | acc1 | 10.0 |") == 1
+
+
+def test_a_task_that_is_broken_for_all_says_so_once(tmp_path):
+    run = write_run(tmp_path, seeds=(0, 1))
+
+    def change(data):
+        for result in data["results"]:
+            if result["task"] == "colours":
+                result.update(path=None, error="images/colours: 0.tar: truncated")
+        data["trainings"][0].update(checkpoint=None, error="CUDA out of memory")
+
+    edit_run(run, change)
+    board = build_report(str(run))
+    text = terminal_table(board)
+    assert text.count("truncated") == 2  # no_filter has one training less, so its seeds are others
+    others = ", ".join(row.strategy.name for row in board.rows if row.strategy.name != "no_filter")
+    assert f"{others}: seeds 0, 1: colours: images/colours: 0.tar: truncated" in text
+    assert "no_filter: seed 0: training: CUDA out of memory" in text
+    html = (run / "leaderboard.html").read_text()
+    assert html.count("0.tar: truncated") == 2
 
 
 def test_terminal_table_fits_the_width_it_is_given(board):
@@ -561,6 +629,14 @@ def test_a_filter_that_only_beats_the_baseline_is_not_called_better_data(tmp_pat
     assert len(re.findall(remark, terminal_table(board))) == 1
 
 
+def test_an_average_adjusted_for_one_chance_has_the_averages_noise_on_its_scale(tmp_path):
+    tasks = {name: (kind, metric, 0.2) for name, (kind, metric, _) in TASKS.items()}
+    for row in make_leaderboard(read_run(str(write_run(tmp_path, num_items=120, tasks=tasks)))).rows:
+        adjusted = row.aggregates["chance_adjusted"]
+        assert adjusted.value == pytest.approx((row.average.value - 0.2) / 0.8)
+        assert adjusted.half_width == pytest.approx(row.average.half_width / 0.8)
+
+
 def test_a_control_that_is_not_there_gives_no_difference(tmp_path):
     run = write_run(tmp_path, seeds=(0, 1))
 
@@ -574,6 +650,9 @@ def test_a_control_that_is_not_there_gives_no_difference(tmp_path):
     assert row_of(board, "clip_top30").control == "random30"
     assert row_of(board, "basic_and_clip").control is None
     assert not any(row.control_difference for row in board.rows)
+    remark = "Whether clip_top30 beats as many rows at random is not known: random30 has no average."
+    assert row_of(board, "clip_top30").difference.verdict == "better"
+    assert terminal_table(board).count(remark) == 1
 
 
 def test_places_hold_the_place_by_average(board, tmp_path):

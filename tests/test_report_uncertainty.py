@@ -43,6 +43,16 @@ def test_different_item_sets_share_only_what_they_share():
     assert covariance == pytest.approx(np.array([[u @ u, u[3:] @ u[3:]], [u[3:] @ u[3:], u[3:] @ u[3:]]]))
 
 
+def test_what_differs_between_seeds_on_an_item_is_no_item_noise():
+    rng = np.random.default_rng(0)
+    num, found = 400, []
+    for _ in range(40):  # an item's own deviation 0.3 in all seeds, and another 0.6 in each
+        u_nG = rng.normal(0, 0.3, num) + rng.normal(0, 0.6, (2, num))
+        u_nG = (u_nG - u_nG.mean(axis=1, keepdims=True)) / np.sqrt(num * (num - 1))
+        found.append(item_covariance([Influence(np.arange(num), u_nG)])[0].item())
+    assert np.mean(found) == pytest.approx(0.3**2 / num, rel=0.1)  # 0.27 / num with the seeds' part
+
+
 def test_pooled_variance_and_t_match_scipy():
     a, b = np.array([0.31, 0.35, 0.33]), np.array([0.40, 0.44, 0.45])
     variance, df = pooled_seed_variance([a, b])
@@ -185,6 +195,9 @@ def test_unlike_deviations_between_seeds_are_found_and_like_ones_are_not():
     assert np.mean(np.array(like) < 0.05) == pytest.approx(0.05, abs=0.03)
     assert np.mean(np.array(unlike) < 0.01) > 0.8
     assert equal_seed_variance_p([np.array([0.1, 0.1]), np.array([0.1, 0.2]), np.array([0.3])]) is None
+    equal = np.array([0.1 + 0.2, 0.3])
+    assert np.ptp(equal) > 0  # by rounding alone
+    assert equal_seed_variance_p([equal, np.array([0.1, 0.2])]) is None
 
 
 @pytest.mark.parametrize("num_seeds", [2, 3, 10])

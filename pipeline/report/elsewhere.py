@@ -389,7 +389,8 @@ def _imported(
     # An unnamed metric is DataComp's own where the task is DataComp's, else that of this run.
     said = own_metrics | metrics
     here, datacomp = scores(own_metrics, said), scores(metrics, said)
-    shown = {task: here.get(task) or datacomp.get(task) or Estimate(missing=(task,)) for task in tasks}
+    # A column has one metric: of a task that is this run's, too, its own.
+    shown = {task: (here if task in own_metrics else datacomp).get(task) or Estimate(missing=(task,)) for task in tasks}
     chance = {task.name: task.chance for task in own if task.chance is not None and task.chance < 1}
     found = {}
     for aggregate in aggregates:
@@ -434,8 +435,9 @@ def _other_metrics_remark(
     for row, values in rows:
         for task, metric in values:
             estimate = row.scores.get(task)
-            if metric and (estimate is None or estimate.value is None):
-                metrics.setdefault(task, {})[metric] = None
+            name = metric or DATACOMP_TASKS.get(task, {}).get("metric")
+            if name and (estimate is None or estimate.value is None):
+                metrics.setdefault(task, {})[name] = None
     texts = [f"{task} ({', '.join(found)})" for task, found in metrics.items()]
     return [f"{source} has other metrics than the task's own of {_listed(texts, ', ')}."] if texts else []
 

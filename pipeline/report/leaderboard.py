@@ -395,9 +395,13 @@ def _headline(rows: Sequence[Row], baseline: str, num_tasks: int, one_seed: bool
 
 
 def control_remark(row: Row) -> str:
-    """What to think of a strategy that beats the baseline but not as many rows at random; empty for others."""
+    """What to think of a strategy that beats the baseline and not, or not known, as many rows at random; else empty."""
     against = row.control_difference
-    if against is None or row.difference is None or row.difference.verdict != "better" or against.verdict == "better":
+    if row.control is None or row.difference is None or row.difference.verdict != "better":
+        return ""
+    if against is None:
+        return f"Whether {row.strategy.name} beats as many rows at random is not known: {row.control} has no average."
+    if against.verdict == "better":
         return ""
     size = f"{points(against.value)} ± {percent(against.half_width)} points, {p_text(against.p_holm)}"
     verb = "is worse than" if against.verdict == "worse" else "does not beat"

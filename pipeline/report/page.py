@@ -43,6 +43,7 @@ from pipeline.report.tables import (
     header_lines,
     hours,
     places_text,
+    reasons_of,
     remarks,
     samples_text,
     seeds_text,
@@ -196,11 +197,7 @@ def _table(board: Leaderboard) -> Markup:
         )
         for row in board.rows
     ]
-    reasons = [
-        element("li", element("b", plain(row.strategy.name)), ": ", plain(reason))
-        for row in board.rows
-        for reason in row.reasons
-    ]
+    reasons = [element("li", element("b", plain(names)), ": ", plain(reason)) for names, reason in reasons_of(board)]
     return section(
         "Leaderboard",
         f"{plain(board.run.baseline)} first, then by average. Percent; ± is half of the 95 % interval.",
@@ -332,7 +329,7 @@ def _aggregates(board: Leaderboard) -> tuple[list[Aggregate], list[Aggregate]]:
 
 
 def _table_notes(board: Leaderboard) -> list[str]:
-    shown_elsewhere = {f"{row.strategy.name}: {reason}" for row in board.rows for reason in row.reasons} | {SCOPE}
+    shown_elsewhere = {f"{names}: {reason}" for names, reason in reasons_of(board)} | {SCOPE}
     lines = [line for line in remarks(board) if line not in shown_elsewhere]
     if without := _aggregates(board)[1]:
         names = ", ".join(aggregate.title for aggregate in without)
@@ -437,9 +434,10 @@ def _did(board: Leaderboard) -> list[Markup]:
 
 def _heat_map(board: Leaderboard) -> Markup:
     baseline = plain(board.run.baseline)
+    tested = any(found.p is not None for row in board.rows for found in row.task_differences.values())
     sure = (
         "With one seed none can be called significant."
-        if board.one_seed
+        if not tested
         else "Bold with a dot: significant after Holm's correction over the strategies of the task. Of many tasks some "
         "are so by luck."
     )

@@ -20,6 +20,7 @@ from pipeline.report.samples import figure
 
 PAGE, DATA = "pool.html", "pool.json"
 TERMINAL_VALUES = 5  # of a column, in the terminal
+DIGEST = "_sha256"  # the end of the names of columns whose values say nothing to a reader
 SHOWN_VALUE_CHARS = 80
 FREQUENT = 0.01  # of the rows
 HISTOGRAM_PX = (300, 86)
@@ -67,7 +68,7 @@ def pool_text(run: Run) -> str:
     lines = [TITLE, _headline(profile), ""]
     for name in ordered_texts(profile):
         found = profile.values[name]
-        if name != CAPTION and _has_frequent(found):
+        if name != CAPTION and not name.endswith(DIGEST) and _has_frequent(found):
             shown = [f"{_short(value)} {_share(count, found.rows)}" for value, count in found.values[:TERMINAL_VALUES]]
             others = found.num_other + len(found.values) - len(shown)
             lines.append(f"{plain(name)}: {', '.join(shown)}" + (f", {number(others)} more" if others else ""))

@@ -488,12 +488,15 @@ def _result(
         if task.metric not in metrics:
             raise WinnowError(f"{path}: result.json has no metric {task.metric}, only {', '.join(sorted(metrics))}")
         value = float(metrics[task.metric])
+        if not 0 <= value <= 1:  # NaN is neither
+            raise WinnowError(f"{path}: result.json says {task.metric} = {value}, expected a fraction 0..1")
         table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(root, path, "predictions.parquet"))))
         items = items_of(table, task.metric)
         if items is not None:
             items = items.sharing(first_items.setdefault(task.name, items))
     except (OSError, WinnowError, pa.ArrowException, KeyError, TypeError, ValueError) as reason:
-        broken = replace(empty, error=one_line(reason))
+        gone = isinstance(reason, FileNotFoundError)
+        broken = replace(empty, error=f"{path} is missing or unfinished" if gone else one_line(reason))
         return broken, [broken] * len(found)
     if items is None:
         note = f"{task.name}: the item noise of {task.metric} is not known here; intervals that hold it are too narrow"

@@ -29,6 +29,7 @@ from pipeline.report.elsewhere import Beside, ImportedRow, apart_about, imported
 from pipeline.report.leaderboard import (
     MANY_TASKS,
     Cleaned,
+    Column,
     Leaderboard,
     Row,
     control_remark,
@@ -57,6 +58,7 @@ AVERAGES = (
     "Chance-adjusted is the mean of (score - chance) / (1 - chance) over the tasks of this run. The others are over "
     "DataComp's lists of tasks; clean are the 33 that its paper finds not near chance. None is over some of its tasks."
 )
+TASK_BY_TASK = "Percent; ± is half of the 95 % interval of that score. leaderboard.json has the differences, too."
 SCOPE = "Claims are about this pool, recipe and task list only: the best filter changes with scale."
 
 
@@ -132,11 +134,36 @@ def _aggregate_text(estimate: Estimate, num_tasks: int) -> str:
     return f"{percent(estimate.value)} ± {percent(estimate.half_width)}"
 
 
+def _shown_columns(board: Leaderboard) -> list[Column]:
+    """The groups, and the single tasks beside them unless that makes too many columns."""
+    return [column for column in board.columns if column.is_group or len(board.columns) <= MANY_TASKS]
+
+
+def task_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
+    """Column names and one list of texts a task, of a run whose main table has not every task; else no texts."""
+    if [column.name for column in _shown_columns(board)] == [task.name for task in board.run.tasks]:
+        return [], []
+    names = ["task", "metric", "chance", *(row.strategy.name for row in board.rows)]
+    body = []
+    for task in board.run.tasks:
+        texts = [_score_text(row.task_scores[task.name]) for row in board.rows]
+        chance = "-" if task.chance is None else percent(task.chance)
+        body.append([f"{task.name}{'*' if task.in_domain else ''}", task.metric, chance, *texts])
+    return names, body
+
+
+def _score_text(estimate: Estimate) -> str:
+    if estimate.value is None or estimate.half_width is None:
+        return "N/A" if estimate.value is None else percent(estimate.value)
+    return f"{percent(estimate.value)} ± {percent(estimate.half_width)}"
+
+
 def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Column names and one list of texts per row: the leaderboard's main table."""
     tasks = {task.name: task for task in board.run.tasks}
+    columns = _shown_columns(board)
     names = ["#", "strategy", "kept", "of pool"]
-    names += [c.name + ("" if not c.is_group else f" ({len(c.tasks)})") + _mark(c.tasks, tasks) for c in board.columns]
+    names += [c.name + ("" if not c.is_group else f" ({len(c.tasks)})") + _mark(c.tasks, tasks) for c in columns]
     has_column = has_published(board)
     has_control = any(row.control_difference is not None for row in board.rows)
     has_places = any(row.rank_interval is not None for row in board.rows)
@@ -155,7 +182,7 @@ def cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     body = []
     for row in board.rows:
         fraction = row.strategy.kept_fraction
-        scores = [row.scores[column.name].value for column in board.columns]
+        scores = [row.scores[column.name].value for column in columns]
         more = f" +{len(row.checkpoints) - 1}" if len(row.checkpoints) > 1 else ""
         body.append(
             [
@@ -192,7 +219,11 @@ def header_lines(board: Leaderboard) -> list[tuple[str, str]]:
     pool, recipe = header["pool"], header["recipe"]
     failed = ", ".join(f"{reason} {number(count)}" for reason, count in sorted((pool.get("failed") or {}).items()))
     counts = f"{number(pool['rows'])} rows, {number(pool['ok'])} ok" + (f"; {failed}" if failed else "")
-    tasks = "; ".join(task_text(task) for task in board.run.tasks)
+    if len(board.run.tasks) <= MANY_TASKS:
+        tasks = "; ".join(task_text(task) for task in board.run.tasks)
+    else:  # metrics and chance levels are in the table of single tasks
+        names = ", ".join(f"{task.name}{'*' if task.in_domain else ''}" for task in board.run.tasks)
+        tasks = f"{len(board.run.tasks)}: {names}"
     settings = ", ".join(f"{key} {value}" for key, value in recipe.items() if _is_setting(key, value))
     return [
         ("pool", f"{pool['path']}: {counts}"),
@@ -233,7 +264,8 @@ def remarks(board: Leaderboard) -> list[str]:
         lines.append("* in-domain: training images of the task are in the pool.")
     if len(board.run.averaged) < len(board.run.tasks):
         counted = len(board.run.averaged)
-        lines.append(f"Averages are over the {counted} zero-shot tasks; linear probes and few shots stand beside them.")
+        over = "1 zero-shot task" if counted == 1 else f"{counted} zero-shot tasks"
+        lines.append(f"Averages are over the {over}; linear probes and few shots stand beside them.")
     for found in board.run.contamination:
         if found.path is not None and found.path == board.run.items_left_out:
             lines.append(f"Images of tasks that {found.stage} found in the pool count in no score (eval.leave_out).")
@@ -252,14 +284,23 @@ def remarks(board: Leaderboard) -> list[str]:
         if row.strategy.uses:
             users.setdefault(row.strategy.uses, []).append(row.strategy.name)
     lines += [f"Used beyond the pool by {', '.join(names)}: {'; '.join(uses)}." for uses, names in users.items()]
-    for row in board.rows:
-        lines += [f"{row.strategy.name}: {reason}" for reason in row.reasons]
+    lines += [f"{names}: {reason}" for names, reason in reasons_of(board)]
     lines += warning_lines(board)
     for cleaned in board.cleaned:
         more = "; leaderboard.md has the scores without them" if cleaned.tasks else ""
         lines.append(f"{found_text(cleaned)}{more}.")
     lines += board.beside.remarks if board.beside else []
     return [*lines, *board.notes, SCOPE]
+
+
+def reasons_of(board: Leaderboard) -> list[tuple[str, str]]:
+    """(strategies, why something of theirs is missing): a broken task says so once, not once for each strategy."""
+    names: dict[str, list[str]] = {}
+    for row in board.rows:
+        for reason in row.reasons:
+            names.setdefault(reason, []).append(row.strategy.name)
+    everyone = len(board.rows) if len(board.rows) > 1 else 0
+    return [("all strategies" if len(one) == everyone else ", ".join(one), reason) for reason, one in names.items()]
 
 
 CLEANED = (
@@ -332,6 +373,8 @@ def terminal_table(board: Leaderboard, width: int | None = None) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     head = [f"{label}: {plain(text)}" for label, text in header_lines(board)]
     tail = [plain(line) for line in remarks(board)]
+    if task_cells(board)[1]:
+        tail.append("leaderboard.md has the scores of the single tasks.")
     if dropped:
         tail.append(f"Left out here for want of width: {', '.join(dropped)}; leaderboard.md has them.")
     return "\n".join([*head, "", *lines, "", plain(board.headline), *tail]) + "\n"
@@ -362,6 +405,9 @@ def markdown_text(board: Leaderboard) -> str:
         lines += ["", "## Averages", "", AVERAGES, "", *_markdown_table(names, body)]
     if board.smaller:
         lines += ["", "## Score against samples seen", "", BUDGETS, "", *_markdown_table(*budget_cells(board))]
+    names, body = task_cells(board)
+    if body:
+        lines += ["", "## Task by task", "", TASK_BY_TASK, "", *_markdown_table(names, body)]
     names, body = did_cells(board)
     if body:
         lines += ["", "## What the trainings did", "", DID, "", *_markdown_table(names, body)]

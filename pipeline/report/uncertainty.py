@@ -23,6 +23,7 @@ from scipy import special, stats
 
 CONFIDENCE = 0.95
 NORMAL_DF = 1e6  # Student's t with this many degrees of freedom is the normal distribution to six digits
+ROUNDING = 1e-12  # averages of fractions that are equal but for the order of their sum differ by less
 NUM_DRAWS = 200_000  # for a critical value: its standard error is then about 0.005
 
 
@@ -93,7 +94,7 @@ def equal_seed_variance_p(scores: Sequence[np.ndarray]) -> float | None:
 
     Bartlett's test (Proceedings of the Royal Society A 1937, 160, 268-282). Pooling takes equal variances for granted.
     """
-    several = [y for y in scores if len(y) > 1 and np.ptp(y) > 0]
+    several = [y for y in scores if len(y) > 1 and np.ptp(y) > ROUNDING]
     return float(stats.bartlett(*several).pvalue) if len(several) > 1 else None
 
 
