@@ -410,7 +410,7 @@ def build(config: Config, place: str, fetch_tasks: bool = True, until: str | Non
         own_columns = {column: kind for column, kind in own_types.items() if known is None or column in known}
         there = {column: kind for column, kind in added.items() if column not in lost and column not in empty}
         types = pool_profile.described(own_columns, there, groups)
-        cuts = {strategy: list(strategy_cuts(strategy)) for strategy in config.compare if strategy in parsed}
+        cuts = {strategy: list(strategy_cuts(strategy)) for strategy in parsed}  # compared or not: one profile for all
         sides: dict[str, set[bool]] = {}
         for column, keeps_low in (cut for found in cuts.values() for cut in found):
             sides.setdefault(column, set()).add(keeps_low)

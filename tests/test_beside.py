@@ -22,8 +22,8 @@ from pipeline.core import config, storage
 from pipeline.core.config import BesideConfig, ReportConfig
 from pipeline.core.errors import ConfigError
 from pipeline.report import build_report, check_beside, make_leaderboard, read_run, terminal_table
-from pipeline.report.beside import beside_sections
 from pipeline.report.elsewhere import unlike_in, with_beside
+from pipeline.report.elsewhere_page import beside_sections
 from pipeline.report.imported import canonical, read_results, task_names
 from pipeline.report.uncertainty import wilson
 from tests.engine_fixture import run_here

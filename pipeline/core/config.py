@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.core import storage
-from pipeline.core.errors import ConfigError, one_line, suggestion
+from pipeline.core.errors import ConfigError, one_line, short, suggestion
 
 NAME = re.compile(r"[a-z][a-z0-9_]*$")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -277,7 +277,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """None; sets one `a.b.c=value` in the parsed file. Raises ConfigError when it has no `=` or no such place."""
     key, separator, text = override.partition("=")
     if not separator or key.split() != [key]:
-        raise ConfigError(f"--set {_short(override)}: expected KEY=VALUE, such as train.recipe=debug")
+        raise ConfigError(f"--set {short(override)}: expected KEY=VALUE, such as train.recipe=debug")
     *parents, last = key.split(".")
     target: Any = data
     for depth, name in enumerate(parents):
@@ -361,17 +361,12 @@ def _describe(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], p
     hint = ""
     if isinstance(value, str) and fault["type"] in ("float_type", "int_type"):
         hint = " (a number without quotes)"
-    return f"{where} = {_short(value)}, expected {expected}{hint}"
+    return f"{where} = {short(value)}, expected {expected}{hint}"
 
 
 def _is_union_tag(part: Any) -> bool:
     kinds = ("dict[", "list[", "constrained-")
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.startswith(kinds))
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split()) if isinstance(value, str) else str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fields_at(kind: Any, path: Sequence[str]) -> list[str]:

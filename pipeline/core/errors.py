@@ -131,3 +131,9 @@ def one_line(error: BaseException, max_chars: int = 500) -> str:
     if not isinstance(error, WinnowError):
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return text if len(text) <= max_chars else text[: max_chars - 3] + "..."
+
+
+def short(value: object, num_chars: int = 80) -> str:
+    """The value as text on one line, cut where it is longer than so many characters."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= num_chars else text[: num_chars - 3] + "..."

@@ -7,7 +7,7 @@ scores.py      means over seeds and tasks, and differences, each with its interv
 aggregates.py  averages over fixed lists of tasks: DataComp's, and one adjusted for chance
 leaderboard.py all put together: rows, standings, the sentence on top
 imported.py    results of other programs, read from their files
-elsewhere.py   other runs and imported results beside a run's own; beside.py shows them on the page
+elsewhere.py   other runs and imported results beside a run's own; elsewhere_page.py shows them on the page
 tables.py      terminal, Markdown, CSV, JSON
 selections.py  what a run says that ends at its selections; which of the two reports a run gets
 pool_profile.py what is in the pool, as plain values; pool_page.py is its page, deciles.py the sliders of both pages

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.core import storage
 from pipeline.core.config import BesideConfig, Config, validate
 from pipeline.core.datacomp import DATACOMP_TASKS
-from pipeline.core.errors import ConfigError, WinnowError, one_line
+from pipeline.core.errors import ConfigError, WinnowError, one_line, short
 from pipeline.report.aggregates import CHANCE_ADJUSTED, Aggregate, aggregates_of, datacomp_aggregates
 from pipeline.report.imported import ITS_METRIC, Cell, FoundRow, Results, canonical, read_results, task_names
 from pipeline.report.items import MEAN
@@ -35,7 +35,6 @@ FMOW = (
     "acc_worst_region_of_all, not with acc_worst_region."
 )
 MAX_NAMES = 12  # listed in a sentence
-MAX_TEXT_CHARS = 100  # of each
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def unlike_in(run: Run, other: Run) -> tuple[str, ...]:
         found.append("its recipe, as far as is known: not all values are in the records")
     changed = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     if theirs and ours and changed:
-        values = [f"{key} {_short(theirs.get(key))} (here {_short(ours.get(key))})" for key in changed]
+        values = [f"{key} {short(theirs.get(key))} (here {short(ours.get(key))})" for key in changed]
         found.append(f"its recipe: {_listed(values, ', ')}")
     found += _tasks_unlike(run, other)
     versions = [one.header["metric_version"] for one in (other, run)]
@@ -453,7 +452,7 @@ def _stated_remark(row: FoundRow, made: ImportedRow) -> list[str]:
         stated = float("nan")
     if abs(stated - own.value) <= 5e-4:
         return []
-    where = f"{storage.name_of(row.stated_average.place)} = {_short(row.stated_average.value)}"
+    where = f"{storage.name_of(row.stated_average.place)} = {short(row.stated_average.value)}"
     return [f"{row.name}: {where} is not the mean of its tasks, {own.value:.4f}, which is shown."]
 
 
@@ -508,9 +507,4 @@ def _text(row: ImportedRow, estimate: Estimate, tasks: Sequence[str]) -> str:
 def _listed(names: Sequence[str], between: str) -> str:
     """The first names, and how many more there are."""
     more = len(names) - MAX_NAMES
-    return between.join(map(_short, names[:MAX_NAMES])) + (f"{between}{more} more" if more > 0 else "")
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= MAX_TEXT_CHARS else text[: MAX_TEXT_CHARS - 3] + "..."
+    return between.join(map(short, names[:MAX_NAMES])) + (f"{between}{more} more" if more > 0 else "")

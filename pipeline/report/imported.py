@@ -28,7 +28,7 @@ from typing import Any
 from pipeline.core import storage
 from pipeline.core.config import BesideConfig
 from pipeline.core.datacomp import DATACOMP_TASKS
-from pipeline.core.errors import ConfigError, one_line, suggestion
+from pipeline.core.errors import ConfigError, one_line, short, suggestion
 from pipeline.report.records import Task
 
 MAX_FILE_BYTES = 64 << 20
@@ -64,7 +64,7 @@ class Cell:
         except (TypeError, ValueError):
             number = math.nan
         if not 0 <= number <= largest:
-            raise ConfigError(f"{self.place} = {_short(self.value)}, expected {expected}")
+            raise ConfigError(f"{self.place} = {short(self.value)}, expected {expected}")
         return number / largest
 
 
@@ -157,7 +157,7 @@ def _add(cells: dict[str, dict[str, Cell]], row: str, task: str, metric: str, ce
     other = cells.setdefault(task, {}).setdefault(metric, cell)
     if other is not cell:
         raise ConfigError(
-            f"{cell.place}: {_short(task)} of {_short(row)} is in {other.place}, too, expected each result once"
+            f"{cell.place}: {short(task)} of {short(row)} is in {other.place}, too, expected each result once"
         )
 
 
@@ -176,7 +176,7 @@ def _read_one(path: str, text: str, entry: BesideConfig, place: str, alone: bool
         head = lines[0][1] if lines else []
         if len(set(head)) != len(head):
             twice = next(name for name in head if head.count(name) > 1)
-            raise ConfigError(f"{path}:1: the column {_short(twice)} is there twice, expected each once")
+            raise ConfigError(f"{path}:1: the column {short(twice)} is there twice, expected each once")
         if {"name", "pretrained"} <= set(head) and any(AVERAGE.match(name) for name in head):
             _no_unit(entry, place)
             return _open_clip(lines)
@@ -262,7 +262,7 @@ def _metrics(metrics: Mapping[str, Any], place: str) -> dict[str, Cell]:
         if not SCORE.match(metric) or value is None or str(value).strip().casefold() == "nan":
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ConfigError(f"{place}: {metric} = {_short(value)}, expected a fraction 0..1")
+            raise ConfigError(f"{place}: {metric} = {short(value)}, expected a fraction 0..1")
         found[metric] = Cell(value, f"{place}: {metric}", "fraction")
         found[metric].fraction()  # a metric that no task has is checked, too
     both = [found.get(f"{kind}_retrieval_recall@1") for kind in ("image", "text")]
@@ -317,7 +317,7 @@ def _plain_list(lines: Sequence[tuple[str, list[str]]], entry: BesideConfig, pla
     for where, line in _dicts(lines):
         own = unit or line["unit"]
         if own not in UNITS:
-            raise ConfigError(f"{where}: unit = {_short(own)}, expected one of {', '.join(UNITS)}")
+            raise ConfigError(f"{where}: unit = {short(own)}, expected one of {', '.join(UNITS)}")
         _need_name(line["name"], where)
         cells = rows.setdefault(line["name"], {})
         if line["value"]:
@@ -352,8 +352,3 @@ def _said_unit(entry: BesideConfig, place: str) -> str:
     if entry.unit is None:
         raise ConfigError(f"{place}.unit is missing, expected one of {', '.join(UNITS)}: the file does not say it")
     return entry.unit
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -50,7 +50,7 @@ class Row:
     scores: dict[str, Estimate]  # by column
     task_scores: dict[str, Estimate]
     average: Estimate
-    standing: str  # best, could be best, worse, oracle, reference, or "" when nothing can be said
+    standing: str  # best, could be best, not best, oracle, reference, or "" when nothing can be said
     difference: Difference | None
     task_differences: dict[str, Difference]
     seeds: tuple[int, ...]  # that count
@@ -347,7 +347,7 @@ def _standings(strategies: Sequence[Strategy], average: Measured) -> tuple[dict[
     means, uncertainty = average.means[contenders], average.uncertainty.subset(contenders)
     possible = could_be_best(means, uncertainty)
     for i, could in zip(contenders, possible, strict=True):
-        standings[average.names[i]] = ("best" if possible.sum() == 1 else "could be best") if could else "worse"
+        standings[average.names[i]] = ("best" if possible.sum() == 1 else "could be best") if could else "not best"
     places = rank_intervals(means, uncertainty).tolist()
     return standings, {average.names[i]: (best, worst) for i, (best, worst) in zip(contenders, places, strict=True)}
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from pipeline.report import plots
 from pipeline.report.aggregates import CHANCE_ADJUSTED, Aggregate
-from pipeline.report.beside import beside_sections
 from pipeline.report.choices import FUNNEL, MIX, funnel_cells, funnel_steps, mix_tables, overlap_about, overlap_cells
 from pipeline.report.deciles import decile_sections
+from pipeline.report.elsewhere_page import beside_sections
 from pipeline.report.leaderboard import (
     MANY_TASKS,
     Cleaned,

@@ -42,7 +42,7 @@ CHAR_UNITS = 8.2  # a generous width of one bold character; the text is 11.5 uni
 STANDING_CLASSES = {
     "best": "good",
     "could be best": "good",
-    "worse": "neutral",
+    "not best": "neutral",
     "oracle": "oracle",
     "reference": "oracle",
 }
