@@ -1,4 +1,4 @@
-"""The command of `python -m eval.evaluate`: checkpoints on tasks, without a run and without a cluster.
+"""The command of `python -m eval`: checkpoints on tasks, without a run and without a cluster.
 
     RESULTS/<checkpoint>/<task>/result.json           CLIP_benchmark's schema
     RESULTS/<checkpoint>/<task>/predictions.parquet   a row for each question that was asked
@@ -44,7 +44,7 @@ class Candidate:
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     made = argparse.ArgumentParser(
-        prog="python -m eval.evaluate",
+        prog="python -m eval",
         description="Evaluates CLIP checkpoints on tasks: zero-shot classification and retrieval.",
         allow_abbrev=False,
     )

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import threading
 import time
 from collections import deque
@@ -156,9 +155,9 @@ def evaluate(
     if on_cpu:
         torch.set_num_threads(1)
     batch_size = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
-    models, errors = _load(checkpoints, device)
     waiting: deque[Future | Evaluated] = deque()
     with ThreadPoolExecutor(threads) as pool:
+        models, errors = _load(checkpoints, device, pool)
         for number, data in enumerate(tasks):
             wanted = [place for place, paths in enumerate(out_paths) if paths[number] is not None]
             loaded = {place: models[place] for place in wanted if place in models}
@@ -181,12 +180,15 @@ def _outcome(found: Future | Evaluated) -> Evaluated:
     return found if isinstance(found, Evaluated) else found.result()
 
 
-def _load(checkpoints: Sequence[Checkpoint], device: str) -> tuple[dict[int, Loaded], dict[int, str]]:
+def _load(
+    checkpoints: Sequence[Checkpoint], device: str, pool: ThreadPoolExecutor
+) -> tuple[dict[int, Loaded], dict[int, str]]:
     """The models by their place among the checkpoints, and why others can't be loaded."""
+    loads = [pool.submit(clip_model.load, checkpoint.source, device) for checkpoint in checkpoints]
     clips, errors = {}, {}
-    for place, checkpoint in enumerate(checkpoints):
+    for place, load in enumerate(loads):
         try:
-            clips[place] = clip_model.load(checkpoint.source, device)
+            clips[place] = load.result()
         except WinnowError as error:
             errors[place] = one_line(error)
     shared = tokenisers([clip.tokenizer for clip in clips.values()])
@@ -439,9 +441,3 @@ def finite(feature_BD: torch.Tensor, data: TaskData, what: str) -> torch.Tensor:
             f"task {data.name}: features of {what} are not finite, expected a model that has not diverged"
         )
     return feature_BD
-
-
-if __name__ == "__main__":
-    from eval.command import main
-
-    sys.exit(main())

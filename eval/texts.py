@@ -77,11 +77,16 @@ def distinct_texts(texts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
 @torch.no_grad()
 def encode_tokens(clip: Clip, tokens_UL: torch.Tensor, batch_size: int) -> torch.Tensor:
     """[U, D] float32 on the model's device, rows L2-normalised; texts of like length share a batch."""
-    order_U = torch.argsort(clip_model.caption_lengths(clip.model, tokens_UL), stable=True)
+    length_U = clip_model.caption_lengths(clip.model, tokens_UL)
+    order_U = torch.argsort(length_U, stable=True)
     features = []
-    for row_B in order_U.split(batch_size):
-        tokens_BL = clip_model.trim(clip.model, tokens_UL[row_B]).to(clip.device)
+    start = 0
+    while start < len(order_U):
+        # the shorter they are, the more of them are as much work as batch_size texts that fill the context
+        stop = start + batch_size * tokens_UL.shape[1] // int(length_U[order_U[start]])
+        tokens_BL = clip_model.trim(clip.model, tokens_UL[order_U[start:stop]]).to(clip.device)
         features.append(clip_model.encode_text(clip.model, tokens_BL))
+        start = stop
     sorted_UD = torch.cat(features)
     text_UD = torch.empty_like(sorted_UD)
     text_UD[order_U.to(clip.device)] = sorted_UD
