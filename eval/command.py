@@ -23,6 +23,7 @@ import torch
 
 from eval import winogavil
 from eval.evaluate import PREDICTIONS_FILE, RESULT_FILE, Checkpoint, evaluate
+from eval.folders import CAPTIONS_FILE
 from eval.tasks import METRIC_VERSION, SHARDS_FILE, TASKS, TaskData, folder_names, resolve_task, task_digest
 from pipeline.core import clip_model, storage
 from pipeline.core.artifact import canonical_json
@@ -124,13 +125,25 @@ def find_tasks(root: str, names: Sequence[str] | None) -> list[TaskData]:
 def _names_of_tasks(root: str) -> list[str]:
     """Names of what is a task below the root: a known task's own, else the folder's."""
     known = {folder: name for name in TASKS for folder in reversed(folder_names(name))}
-    found = []
+    found, others = [], []
     for folder in storage.list_folders(root):
         inner = [folder]
         if not _is_task(storage.join(root, folder)):
             inner = [f"{folder}/{below}" for below in storage.list_folders(storage.join(root, folder))]
-        found += [known.get(one, one) for one in inner if one == folder or _is_task(storage.join(root, one))]
+        of_folder = [known.get(one, one) for one in inner if one == folder or _is_task(storage.join(root, one))]
+        found += of_folder
+        others += [folder] if not of_folder and _may_be_plain(storage.join(root, folder)) else []
+    if others:
+        print(
+            f"left out, as they have no {SHARDS_FILE}: {', '.join(others)}; --tasks names a plain folder",
+            file=sys.stderr,
+        )
     return list(dict.fromkeys(found))
+
+
+def _may_be_plain(folder: str) -> bool:
+    """True for what could be a plain folder of images, which only its name makes a task."""
+    return bool(storage.list_folders(folder)) or storage.exists(storage.join(folder, CAPTIONS_FILE))
 
 
 def _is_task(folder: str) -> bool:

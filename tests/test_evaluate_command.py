@@ -112,6 +112,17 @@ def test_every_pair_is_written_and_tabled(tmp_path, capsys, root, models):
         assert (tmp_path / "alone" / file).read_bytes() == (out / names[1] / "animals" / file).read_bytes()
 
 
+def test_a_plain_folder_is_a_task_where_it_is_named(tmp_path, capsys, root, models):
+    for number, name in enumerate(("cat", "dog")):
+        (root / "pets" / name).mkdir(parents=True)
+        (root / "pets" / name / "1.png").write_bytes(picture(number))
+    code, _, errors = run(capsys, "--root", root, "--out", tmp_path / "all", models[0])
+    assert code == 0
+    assert errors[0] == "left out, as they have no test/nshards.txt: pets; --tasks names a plain folder"
+    code, lines, _ = run(capsys, models[0], "--root", root, "--out", tmp_path / "one", "--tasks", "pets")
+    assert (code, lines[1].split()[:2]) == (0, ["pets", "acc1"])
+
+
 def test_a_second_run_does_only_what_is_new(tmp_path, capsys, root, models):
     out = tmp_path / "out"
     first = tmp_path / "first"
