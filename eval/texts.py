@@ -10,9 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from pipeline.core import clip_model
+from pipeline.core.captions import CaptionTokenizer
 from pipeline.core.clip_model import Clip
 
 KEPT_LISTS = 4  # a task has one list of prompts or captions, or one for each of its heads
@@ -23,6 +25,7 @@ class Tokeniser:
 
     def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor]):
         self.tokenizer = tokenizer
+        self._tokenise = CaptionTokenizer(tokenizer)
         self._kept: dict[tuple[str, ...], torch.Tensor] = {}
         self._lock = threading.Lock()  # a second model waits for the first rather than tokenise the same again
 
@@ -33,7 +36,7 @@ class Tokeniser:
             if key not in self._kept:
                 while len(self._kept) >= KEPT_LISTS:
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = self.tokenizer(list(texts))
+                self._kept[key] = torch.from_numpy(self._tokenise(texts).astype(np.int64))
             return self._kept[key]
 
 

@@ -494,7 +494,7 @@ class Executor:
             [_path(statuses, step.inputs["images"]) for step in steps],
             [_path(statuses, step.name) for step in steps],
             _device(resources),
-            resources.batch_size or 256,
+            resources.batch_size,
             _threads(resources),
         )
         self.progress.start(label, len(tasks), "tasks")

@@ -79,7 +79,7 @@ def evaluate_all(
     pixels_paths: Sequence[str],
     out_paths: Sequence[str],
     device: str,
-    batch_size: int,
+    batch_size: int | None,
     threads: int,
 ) -> list[tuple[dict[str, Any] | None, str | None]]:
     """(facts, error) of each task of one checkpoint."""

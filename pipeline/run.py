@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         help="only the steps of this name or below it, and what they need; `stages`: what is in the pool",
     )
     made.add_argument("--plan", action="store_true", help="print every step's state and why; start nothing")
-    made.add_argument("--report", action="store_true", help="rebuild the newest run's leaderboard from its records")
+    made.add_argument("--report", action="store_true", help="rebuild the newest run's pages from its records")
     made.add_argument("--clean", action="store_true", help="list artifacts that no run refers to")
     made.add_argument("--yes", action="store_true", help="with --clean: remove them")
     return made

@@ -24,6 +24,7 @@ from eval.tasks import TaskData, resolve_task, task_digest
 from eval.texts import encode_texts, tokenisers
 from eval.zero_shot import build_classifier, top_classes
 from pipeline.core import clip_model
+from pipeline.core.captions import CaptionTokenizer
 from pipeline.core.tars import TarWriter
 
 ARCHITECTURE = {
@@ -446,13 +447,13 @@ def test_an_empty_tar_among_others_changes_nothing(tmp_path, checkpoint):
 def counted_texts(monkeypatch):
     """Every list of texts that is tokenised from now on."""
     lists = []
-    tokenise = open_clip.SimpleTokenizer.__call__
+    tokenise = CaptionTokenizer.__call__
 
-    def counted(self, texts, *arguments, **options):
+    def counted(self, texts):
         lists.append(list(texts))
-        return tokenise(self, texts, *arguments, **options)
+        return tokenise(self, texts)
 
-    monkeypatch.setattr(open_clip.SimpleTokenizer, "__call__", counted)
+    monkeypatch.setattr(CaptionTokenizer, "__call__", counted)
     return lists
 
 

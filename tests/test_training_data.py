@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from pipeline.core import clip_model, images, storage
+from pipeline.core import captions, clip_model, images, storage
 from pipeline.core.errors import ImageError
 from pipeline.core.tars import TarWriter
 from tests.training_fixture import MODEL, recipe, write_train_set
-from training import captions, check_ledger, data
+from training import check_ledger, data
 from training.ledger import Ledger
 from training.train_set import open_train_set, pairs
 

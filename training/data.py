@@ -34,9 +34,9 @@ from PIL import Image
 from torch.nn import functional
 
 from pipeline.core import clip_model, images, storage
+from pipeline.core.captions import CaptionTokenizer
 from pipeline.core.clip_model import Clip
 from pipeline.core.errors import ImageError, WinnowError
-from training.captions import CaptionTokenizer
 from training.ledger import Ledger, rank_slice
 from training.recipe import Recipe
 from training.train_set import TrainSet
