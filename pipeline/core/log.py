@@ -134,7 +134,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """None; prints a line above the live ones, without secrets."""
-        text = without_secrets(text)
+        text = without_secrets(text.encode("utf-8", "replace").decode())  # a file's name may be no Unicode
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
