@@ -96,7 +96,7 @@ class Loaded:
     forward_s: float = 0.0
 
     def classifier(self, data: TaskData, batch_size: int) -> torch.Tensor:
-        """[D, C] float32 as zero_shot.build_classifier's; tasks with the same prompts share it."""
+        """[D, C] float32 on the model's device, as zero_shot.average_prompts'; tasks with the same prompts share it."""
         key = (data.classnames, data.templates)
         with self.building:
             if key not in self.classifiers:
@@ -272,9 +272,8 @@ def _score(model: Loaded, data: TaskData, encoded: Encoded, out_path: str, batch
     facts = {
         "metric": data.task.metric,
         "value": metrics.get(data.task.metric or ""),
-        "chance": data.chance,
         **counts,
-        **({} if data.chance is None else {"chance": data.chance}),
+        "chance": counts.get("chance") if data.chance is None else data.chance,
         "published_images": data.task.images,
         "forward_s": forward_s + model.forward_s,
         "seconds": sum(spent for spent, _ in images_s) + forward_s + time.perf_counter() - start_s,

@@ -57,19 +57,6 @@ def _is_same(one: Callable, other: Callable) -> bool:
     return settings[0] == settings[1]
 
 
-def encode_texts(
-    clip: Clip, texts: Sequence[str], batch_size: int, tokenise: Callable[[list[str]], torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[U, D] float32 features of the distinct texts and [T] int64, which of them each text is; on the model's device.
-
-    Args:
-        tokenise: in place of the model's own tokenizer.
-    """
-    distinct, number_T = distinct_texts(texts)
-    tokens_UL = (tokenise or clip.tokenizer)(distinct)
-    return encode_tokens(clip, tokens_UL, batch_size), number_T.to(clip.device)
-
-
 def distinct_texts(texts: Sequence[str]) -> tuple[list[str], torch.Tensor]:
     """The distinct texts in order of appearance, and [T] int64, which of them each text is."""
     distinct = list(dict.fromkeys(texts))

@@ -11,21 +11,9 @@ import torch
 from torch.nn import functional
 
 from eval.tasks import TOP
-from eval.texts import encode_texts
 from pipeline.core.clip_model import Clip
 
 LOGIT_SCALE = 100.0  # CLIP_benchmark's, whatever the model's own
-
-
-def build_classifier(clip: Clip, classnames: Sequence[str], templates: Sequence[str], batch_size: int) -> torch.Tensor:
-    """[D, C] float32 on the model's device: column c is the unit mean of the unit features of class c's prompts.
-
-    Args:
-        templates: prompts with the class name as `{c}`, checked by eval.tasks.
-        batch_size: prompts a forward pass.
-    """
-    text_UD, number_P = encode_texts(clip, prompts(classnames, templates), batch_size)
-    return average_prompts(text_UD, number_P, len(templates))
 
 
 def prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -48,7 +36,7 @@ def predict(image_BD: torch.Tensor, classifier_DC: torch.Tensor) -> torch.Tensor
     """[B, K] int64 on the CPU: the K = min(5, C) classes with the highest logits, best first, ties by class number.
 
     Args:
-        image_BD: float32, rows L2-normalised. classifier_DC: of build_classifier, on the same device.
+        image_BD: float32, rows L2-normalised. classifier_DC: of average_prompts, on the same device.
     """
     return top_classes(LOGIT_SCALE * image_BD @ classifier_DC)
 

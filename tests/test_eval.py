@@ -16,16 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.evaluate import Checkpoint, evaluate
+from eval.evaluate import Checkpoint, Loaded, evaluate
 from eval.metrics import classification_metrics, mean_per_class_recall, retrieval_metrics
 from eval.retrieval import best_rank, retrieval_ranks
 from eval.samples import model_input, read_batches, store_pixels
 from eval.tasks import TaskData, resolve_task, task_digest
-from eval.texts import encode_texts, tokenisers
-from eval.zero_shot import build_classifier, top_classes
+from eval.texts import tokenisers
+from eval.zero_shot import top_classes
 from pipeline.core import clip_model
 from pipeline.core.captions import CaptionTokenizer
-from pipeline.core.tars import TarWriter
+from tests.task_fixture import write_tars
 
 ARCHITECTURE = {
     "embed_dim": 16,
@@ -97,17 +97,6 @@ def encoded(seed: int, mode: str = "RGB", kind: str = "PNG", **options) -> bytes
     return data.getvalue()
 
 
-def write_shards(folder: pathlib.Path, shards: list[list[tuple[str, bytes]]], files: dict[str, str]) -> str:
-    (folder / "test").mkdir(parents=True)
-    for number, members in enumerate(shards):
-        with TarWriter(str(folder / "test" / f"{number}.tar")) as tar:
-            for name, data in members:
-                tar.add(name, data)
-    for name, text in {"test/nshards.txt": f"{len(shards)}\n", **files}.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return str(folder)
-
-
 def classification_files(classes=CLASSES) -> dict[str, str]:
     return {
         "classnames.txt": "\n".join(classes) + "\n",
@@ -126,7 +115,7 @@ def labelled(rows, classes=7) -> list[tuple[str, bytes]]:
 @pytest.fixture
 def shapes(tmp_path) -> TaskData:
     """23 images in two shards, 7 classes, of which some have no image."""
-    path = write_shards(tmp_path / "shapes", [labelled(range(15)), labelled(range(15, 23))], classification_files())
+    path = write_tars(tmp_path / "shapes", [labelled(range(15)), labelled(range(15, 23))], classification_files())
     return resolve_task({"name": "shapes", "path": path, "metric": "mean_per_class_recall"})
 
 
@@ -143,7 +132,7 @@ def photos(tmp_path) -> TaskData:
         for row, captions in enumerate(CAPTIONS)
         for member in ((f"{row}.jpg", encoded(row, kind="JPEG")), (f"{row}.txt", ("\n".join(captions) + "\n").encode()))
     ]
-    path = write_shards(tmp_path / "photos", [members], {"dataset_type.txt": "retrieval\n"})
+    path = write_tars(tmp_path / "photos", [members], {"dataset_type.txt": "retrieval\n"})
     return resolve_task({"name": "photos", "path": path})
 
 
@@ -224,7 +213,7 @@ def test_any_positive_counts_and_the_best_one_decides():
 
 def test_equal_captions_share_one_feature(clip):
     texts = ["a long caption of many words here", "dog", "cat", "dog", ""]
-    text_UD, distinct_T = encode_texts(clip, texts, batch_size=2)
+    text_UD, distinct_T = Loaded(Checkpoint({}, "tiny", "tiny"), clip).encode_texts(texts, batch_size=2)
     assert len(text_UD) == 4
     plain = clip.model.encode_text(clip.tokenizer(texts), normalize=True)
     torch.testing.assert_close(text_UD[distinct_T], plain, atol=1e-5, rtol=0)
@@ -234,8 +223,9 @@ def test_equal_captions_share_one_feature(clip):
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_the_classifier_equals_open_clips(clip, batch_size):
-    ours = build_classifier(clip, CLASSES, TEMPLATES, batch_size)
+def test_the_classifier_equals_open_clips(clip, shapes, batch_size):
+    assert (shapes.classnames, shapes.templates) == (CLASSES, TEMPLATES)
+    ours = Loaded(Checkpoint({}, "tiny", "tiny"), clip).classifier(shapes, batch_size)
     templates = [lambda c, template=template: template.format(c=c) for template in TEMPLATES]
     theirs = open_clip.build_zero_shot_classifier(clip.model, clip.tokenizer, CLASSES, templates)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
@@ -249,7 +239,7 @@ def test_pixels_equal_the_models_own_preprocessing(tmp_path, clip):
         encoded(7, kind="JPEG", exif=orientation), encoded(8, kind="WEBP", lossless=True),
     ]  # fmt: skip
     members = [m for n, data in enumerate(images) for m in ((f"{n}.jpg", data), (f"{n}.cls", b"0"))]
-    data = resolve_task({"name": "t", "path": write_shards(tmp_path / "t", [members], classification_files())})
+    data = resolve_task({"name": "t", "path": write_tars(tmp_path / "t", [members], classification_files())})
     (batch,) = read_batches(data, clip_model.preprocess_config(clip.model), 100)
     plain = torch.stack([clip.preprocess(Image.open(io.BytesIO(image)).convert("RGB")) for image in images])
     assert torch.equal(model_input(clip, batch.pixels), plain)
@@ -298,7 +288,7 @@ def test_classification_equals_one_image_at_a_time(tmp_path, clip, checkpoint, s
 
 
 def test_acc5_is_null_with_fewer_than_five_classes(tmp_path, checkpoint):
-    path = write_shards(tmp_path / "few", [labelled(range(6), 3)], classification_files(CLASSES[:3]))
+    path = write_tars(tmp_path / "few", [labelled(range(6), 3)], classification_files(CLASSES[:3]))
     run(checkpoint, resolve_task({"name": "few", "path": path}), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "result.json").read_text())["metrics"]["acc5"] is None
 
@@ -432,7 +422,7 @@ def test_stored_pixels_that_are_cut_off_are_an_error(tmp_path, checkpoint, shape
 def test_an_empty_tar_among_others_changes_nothing(tmp_path, checkpoint):
     parts = [labelled(range(15)), [], labelled(range(15, 23))]
     tasks = [
-        resolve_task({"name": "t", "path": write_shards(tmp_path / name, shards, classification_files())})
+        resolve_task({"name": "t", "path": write_tars(tmp_path / name, shards, classification_files())})
         for name, shards in (("with", parts), ("without", [parts[0], parts[2]]))
     ]
     stored = store(checkpoint, tasks[0], tmp_path / "pixels")
@@ -506,13 +496,13 @@ def test_tokenizers_share_only_what_they_do_alike():
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_set_with_holes_is_an_error(tmp_path, checkpoint, members, message, threads):
-    data = resolve_task({"name": "t", "path": write_shards(tmp_path / "t", [members], classification_files())})
+    data = resolve_task({"name": "t", "path": write_tars(tmp_path / "t", [members], classification_files())})
     assert re.search(message, failure(checkpoint, data, tmp_path / "out", threads=threads))
 
 
 @pytest.mark.parametrize("at", [-700, -2048, 1024])
 def test_a_tar_that_ends_too_early_is_an_error(tmp_path, checkpoint, at):
-    path = write_shards(tmp_path / "t", [labelled(range(40))], classification_files())
+    path = write_tars(tmp_path / "t", [labelled(range(40))], classification_files())
     tar = tmp_path / "t" / "test" / "0.tar"
     whole = tar.read_bytes().rstrip(b"\0")
     tar.write_bytes(whole[: at - at % 512] if at < 0 else whole[:at])
@@ -523,7 +513,7 @@ def test_a_tar_that_ends_too_early_is_an_error(tmp_path, checkpoint, at):
 def test_images_without_captions_and_bad_text_are_errors(tmp_path, checkpoint):
     for name, text, message in (("a", b"", "a: .txt is empty"), ("b", b"\xff\xfe", "b: .txt = .* expected UTF-8")):
         members = [(f"{name}.png", encoded(1)), (f"{name}.txt", text)]
-        path = write_shards(tmp_path / name, [members], {"dataset_type.txt": "retrieval"})
+        path = write_tars(tmp_path / name, [members], {"dataset_type.txt": "retrieval"})
         assert re.search(message, failure(checkpoint, resolve_task({"name": "t", "path": path}), tmp_path / "out"))
 
 
@@ -556,8 +546,8 @@ def test_a_checkpoint_that_can_not_be_loaded_fails_alone(tmp_path, unlike, shape
 
 
 def test_a_failed_task_fails_alone(tmp_path, checkpoint, shapes, photos):
-    bad = write_shards(tmp_path / "bad", [[("a.cls", b"0")]], classification_files())
-    gone = write_shards(tmp_path / "gone", [labelled(range(3))], classification_files())
+    bad = write_tars(tmp_path / "bad", [[("a.cls", b"0")]], classification_files())
+    gone = write_tars(tmp_path / "gone", [labelled(range(3))], classification_files())
     tasks = [resolve_task({"name": "bad", "path": bad}), resolve_task({"name": "gone", "path": gone}), shapes]
     (tmp_path / "gone" / "test" / "0.tar").unlink()  # after the plan was made
     outcomes = list(evaluate([checkpoint], tasks, [[str(tmp_path / str(number)) for number in range(3)]]))

@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from eval import zero_shot
+from eval.evaluate import Checkpoint, Loaded
+from eval.tasks import CLASSIFICATION, Task, TaskData
 from pipeline.core import clip_model, images, storage
 from pipeline.core.errors import ConfigError, WinnowError
 from tests.training_fixture import COLOURS, MODEL, SHAPES, recipe, write_train_set
@@ -147,7 +149,9 @@ def test_siglip(tmp_path):
 
     clip, train_set = clip_model.load({"folder": f"{learned}/open_clip"}), open_train_set(path)
     templates = [f"a {{c}} {shape} on a wall, picture 7" for shape in SHAPES]
-    classifier_DC = zero_shot.build_classifier(clip, list(COLOURS), templates, 64)
+    task = Task("colours", "Colours", CLASSIFICATION, "acc1")
+    data = TaskData(task, "", (), classnames=tuple(COLOURS), templates=tuple(templates))
+    classifier_DC = Loaded(Checkpoint({}, "siglip", "learned"), clip).classifier(data, 64)
     pixels = []
     for entry, start in enumerate(train_set.offset_bytes.tolist()):
         tar = f"{path}/{train_set.tar_names[train_set.tar_of_entry[entry]]}"
