@@ -365,6 +365,12 @@ class Executor:
             return {"folder": storage.join(_path(statuses, step.inputs["model"]), "open_clip")}
         return planning.published_source(self.plan.config.models[step.work.model])
 
+    def _start(self, step: Step, statuses: Mapping[str, Status]) -> Mapping[str, Any] | None:
+        """What pipeline.core.clip_model.load takes, of the model that a step's recipe starts from."""
+        if "start" in step.inputs:
+            return {"folder": storage.join(_path(statuses, step.inputs["start"]), "open_clip")}
+        return step.work.start
+
     def _choice(self, step: Step, statuses: Mapping[str, Status]) -> tuple:
         """The arguments of choose.select, of a step that chooses or that looks at a choice."""
         chosen, name, exclude, *flagged = step.work
@@ -431,12 +437,9 @@ class Executor:
         work: Training = step.work
         resources = self._resources(step)
         source, out_path = _path(statuses, step.inputs["train_set"]), _path(statuses, step.name)
-        start = work.start
-        if "start" in step.inputs:
-            start = {"folder": storage.join(_path(statuses, step.inputs["start"]), "open_clip")}
         options = {
             "batch_size": resources.batch_size,
-            "start": start,
+            "start": self._start(step, statuses),
             "held_out_path": _path(statuses, step.inputs["held_out"]) if "held_out" in step.inputs else None,
             "checkpoint_every_s": self.plan.config.train.checkpoint_every_s,
         }
@@ -457,10 +460,7 @@ class Executor:
         work: TaskImages = step.work
         resources = self._resources(step).model_copy(update={"gpus": 0.0, "workers": None})
         data, out_path = runs.task_data(self.plan, work.task, statuses), _path(statuses, step.name)
-        start = work.start
-        if "start" in step.inputs:
-            start = {"folder": storage.join(_path(statuses, step.inputs["start"]), "open_clip")}
-        arguments = (work.recipe.model, work.recipe.image_size_px, start)
+        arguments = (work.recipe.model, work.recipe.image_size_px, self._start(step, statuses))
         (preprocess,) = self.engine.map(remote.preprocess_of, [arguments], [f"{label}/preprocess"], resources)
         size = preprocess["size"]
         height_px, width_px = (size, size) if isinstance(size, int) else size

@@ -275,15 +275,19 @@ def build(config: Config, place: str, fetch_tasks: bool = True, until: str | Non
         visiting.pop()
         return made
 
+    def add_start(name: str, where: str) -> tuple[Any, dict[str, str], dict[str, Any] | None]:
+        """(what identifies it, inputs, published weights) of the model that a recipe starts from; one of the two."""
+        identity, inputs = add_named_model(name, "start", where)
+        return identity, inputs, None if inputs else published_source(config.models[name])
+
     def add_training(name: str, recipe_name: str, trained: Recipe, seeds: Seeds, inputs: dict[str, str]) -> str:
         """The step of one training, after the model that it starts from."""
         identity, start = trained.identity(), None
         if trained.start_from is not None:
             where = f"{place}: recipe {recipe_name}: start_from"
-            identity["start_from"], own_inputs = add_named_model(trained.start_from, "start", where)
+            identity["start_from"], own_inputs, start = add_start(trained.start_from, where)
             _check_start(trained, config.models[trained.start_from], recipes, where)
             inputs = inputs | own_inputs
-            start = None if own_inputs else published_source(config.models[trained.start_from])
         values = {"recipe": identity, "seeds": seeds.to_json(), "ledger": ledger.VERSION}
         work = Training(trained, seeds, start)
         return add(Step(name, "checkpoint", recipe.VERSION, values, inputs, "train", work))
@@ -296,9 +300,8 @@ def build(config: Config, place: str, fetch_tasks: bool = True, until: str | Non
         start = None
         if trained.start_from is not None:
             where = f"{place}: train.recipe = {config.train.recipe}: start_from"
-            values["start_from"], own_inputs = add_named_model(trained.start_from, "start", where)
+            values["start_from"], own_inputs, start = add_start(trained.start_from, where)
             inputs |= own_inputs
-            start = None if own_inputs else published_source(config.models[trained.start_from])
         work = TaskImages(task, trained, start)
         return add(Step(f"images/{task}", "task_images", eval_tasks.PIXELS_VERSION, values, inputs, "eval", work))
 
@@ -410,10 +413,10 @@ def build(config: Config, place: str, fetch_tasks: bool = True, until: str | Non
         own_columns = {column: kind for column, kind in own_types.items() if known is None or column in known}
         there = {column: kind for column, kind in added.items() if column not in lost and column not in empty}
         types = pool_profile.described(own_columns, there, groups)
-        cuts = {strategy: list(strategy_cuts(strategy)) for strategy in parsed}  # compared or not: one profile for all
         sides: dict[str, set[bool]] = {}
-        for column, keeps_low in (cut for found in cuts.values() for cut in found):
-            sides.setdefault(column, set()).add(keeps_low)
+        for strategy in parsed:  # compared or not: one profile for all
+            for column, keeps_low in strategy_cuts(strategy):
+                sides.setdefault(column, set()).add(keeps_low)
         scores = {column for column, kind in there.items() if kind.startswith("float")} | set(sides)
         scores = {column for column in scores if types.get(column) in algebra.NUMERIC}
         shown, flag_inputs = flags(None)
