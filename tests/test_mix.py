@@ -111,8 +111,7 @@ def test_what_the_cap_cuts_off_goes_to_the_others_of_the_group(tmp_path):
     assert facts["groups"][0]["rows_at_cap"] == 1
 
 
-def test_groups_that_fall_short_are_named(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("winnow"), "propagate", True)
+def test_groups_that_fall_short_are_named(tmp_path, caplog):
     groups = ["a"] * 8 + ["b"] * 2 + ["c"] * 2
     with caplog.at_level(logging.WARNING, "winnow"):
         found, facts = mixed(

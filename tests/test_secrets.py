@@ -42,6 +42,17 @@ class Closing(EngineHere):
         return None
 
 
+@pytest.fixture(autouse=True)
+def logs_as_a_run(monkeypatch, capfd):
+    """The `winnow` logger as the command line sets it up, on the stderr of this test only."""
+    monkeypatch.setattr(log.logger, "handlers", [])
+    monkeypatch.setattr(log.logger, "propagate", True)
+    level = log.logger.level
+    log.setup()
+    yield
+    log.logger.setLevel(level)
+
+
 @pytest.fixture(scope="module")
 def server():
     with ImageServer(IMAGES) as running:
@@ -88,7 +99,6 @@ def test_a_run_writes_and_prints_no_secret(tmp_path, server, monkeypatch, capfd)
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
-    log.setup()
     loaded = config.load(
         str(path), [f"published_note=see https://user:{MARK}@a.example/b?token={MARK}", "published.small=1"]
     )
@@ -146,7 +156,6 @@ def test_what_is_left_of_a_url(text, shown):
 
 
 def test_a_failure_is_logged_without_its_secrets(tmp_path, capfd):
-    log.setup()
     progress = log.Progress(str(tmp_path / "log.jsonl"))
     trace = f'File "a"\nOSError: "https://user:{MARK}@host/a?token={MARK}" \udcff'
     progress.event("traceback", step="a/00001", text=trace, causes={"a": [trace]})
