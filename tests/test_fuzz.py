@@ -43,7 +43,7 @@ LIMIT_S = 20  # of one input, on a busy machine
 MEMORY_BYTES = 1 << 30  # that the largest input may take
 SPACE_BYTES = 8 << 30  # of addresses, so that a bomb ends the child and not the machine
 SECRET = "the words that lie outside of every source"
-COUNTS = {"archives": 750, "tables": 700, "images": 2400, "tensors": 700, "configs": 900, "tasks": 250}
+COUNTS = {"archives": 750, "tables": 700, "images": 2400, "tensors": 700, "configs": 900, "tasks": 250, "results": 900}
 
 Files = dict[str, bytes]
 
@@ -631,8 +631,44 @@ def read_task(folder: pathlib.Path, out: pathlib.Path) -> tuple[int, int, str]:
     return found, 0, ""
 
 
+RESULTS = {  # of other programs, for report.beside
+    "open_clip.csv": b"""name,pretrained,params (M),Average perf. on 38 datasets,ImageNet 1k,Caltech-101
+ViT-B-32,openai,151.3,0.5,0.63,"0.87"
+ViT-L-14,"laion, 2b",427.6,0.6,0.75,
+""",
+    "one.json": b"""{"dataset": "wds/imagenet1k", "model": "ViT-B-32", "pretrained": "openai", "language": "en",
+"task": "zeroshot_classification", "metrics": {"acc1": 0.63, "acc5": NaN, "mean_per_class_recall": 0.6, "epochs": 3}}""",
+    "built.csv": b"""acc1,acc5,dataset,model,pretrained,task,language
+0.63,0.9,wds/imagenet1k,ViT-B-32,openai,zeroshot_classification,en
+""",
+    "eval_results.jsonl": b"""{"key": "imagenet1k", "dataset": "ImageNet 1k", "metrics": {"acc1": 0.03, "acc5": 0.1}}
+{"key": "vtab/pets", "dataset": "Pets", "metrics": {"acc1": 0.1, "image_retrieval_recall@1": 1, "text_retrieval_recall@1": 0}}
+""",
+    "list.csv": b"name,task,value,unit\na,imagenet1k,12.5,percent\nb,cifar10,0.5,fraction\n",
+    "table.csv": b"name,imagenet1k,cifar10\na,12.5,\nb,50,1e1\n",
+}  # fmt: skip
+
+
+def results(dice: random.Random) -> tuple[Files, Reader]:
+    name = dice.choice(sorted(RESULTS))
+    text = mutated(RESULTS[name], dice, RESULTS[dice.choice(sorted(RESULTS))], words=True, most=2)
+    return {name: text, "unit": b"percent" if name == "table.csv" else b""}, read_result
+
+
+def read_result(folder: pathlib.Path, out: pathlib.Path) -> tuple[int, int, str]:
+    from pipeline.report import imported
+
+    (path,) = (path for path in folder.iterdir() if path.name != "unit")
+    entry = config.BesideConfig(results=str(path), unit=(folder / "unit").read_text() or None)
+    found = imported.read_results(entry, "report.beside.0")
+    cells = [cell for row in found.rows for by_metric in row.cells.values() for cell in by_metric.values()]
+    assert all(0 <= cell.fraction() <= 1 for cell in cells)
+    return len(found.rows), 0, ""
+
+
 GROUPS: dict[str, Callable[[random.Random], tuple[Files, Reader]]] = {
     "archives": archives, "tables": tables, "images": pictures, "tensors": tensors, "configs": configs, "tasks": tasks,
+    "results": results,
 }  # fmt: skip
 PICTURES = all_pictures()
 

@@ -164,8 +164,8 @@ def _add(cells: dict[str, dict[str, Cell]], row: str, task: str, metric: str, ce
 def _read_one(path: str, text: str, entry: BesideConfig, place: str, alone: bool) -> Results:
     """The rows of one file. `alone`: the entry names no other, so its `name` can be that of a file's only row."""
     if text.lstrip()[:1] in ("{", "["):
-        _no_unit(entry, place)
         documents = list(_documents(path, text))
+        _no_unit(entry, place)
         if all(_is_datacomp(document) for _, document in documents):
             folder = path.rstrip("/").rsplit("/", 2)[-2:]
             return _datacomp(documents, entry.name if alone and entry.name else "/".join(folder))
