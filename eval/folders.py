@@ -19,14 +19,12 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
-
-import fsspec
 
 from pipeline.core import storage
 from pipeline.core.errors import ConfigError, WinnowError
 from pipeline.core.images import EXTENSIONS
+from pipeline.core.storage import FileEntry
 
 FILES_A_SHARD = 4096
 READERS = 16  # files read side by side: on an object store each is a request
@@ -37,23 +35,11 @@ FILE_COLUMN, CAPTION_COLUMN = "filename", "caption"
 IMAGE_COLUMN = "image"
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """A file as listed: its size, and a string that changes when it does."""
-
-    size_bytes: int
-    stamp: str
-
-
 def list_images(folder: str) -> dict[str, FileEntry]:
     """{path below the folder: entry} of all files, by name; hidden ones (`.DS_Store`, `__MACOSX/`) are left out."""
     files: dict[str, FileEntry] = {}
     if storage.is_url(folder):
-        fs, inner = fsspec.core.url_to_fs(folder)
-        fs.invalidate_cache()
-        for path, info in fs.find(inner, detail=True).items():
-            stamp = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
-            files[path[len(inner.rstrip("/")) + 1 :]] = FileEntry(int(info["size"]), str(stamp))
+        files = storage.list_entries(folder, recursive=True)
     else:
         for name in storage.list_files(folder, recursive=True):
             status = os.stat(storage.join(folder, name))

@@ -22,7 +22,7 @@ from eval import tasks as eval_tasks
 from pipeline import trackers
 from pipeline.core import clip_model, storage
 from pipeline.core.config import NAME, RESERVED, Config, ModelConfig, PoolConfig, TrainConfig, validate
-from pipeline.core.errors import FAILURES, ConfigError, WinnowError, one_line, suggestion
+from pipeline.core.errors import FAILURES, ConfigError, StoreError, WinnowError, one_line, suggestion
 from pipeline.steps import (
     Plan,
     Profiling,
@@ -519,10 +519,8 @@ def _read_step(name: str, config: PoolConfig, place: str) -> Step:
     try:
         parsed = sources.parse(config.source, f"{place}.source")
         digests = {source_name: sources.source_digest(source) for source_name, source in parsed.items()}
-    except WinnowError:
-        raise
-    except Exception as error:  # each store has error classes of its own; all mean the same to the user
-        raise ConfigError(f"{place}.source can't be read: {one_line(error)}") from error
+    except (StoreError, OSError) as error:
+        raise ConfigError(f"{place}.source: {one_line(error)}") from error
     values = {
         "sources": digests,
         "shard_size": config.shard_size,
@@ -719,9 +717,11 @@ def _add_tasks(
         try:
             found = eval_tasks.resolve_tasks(config.eval.tasks, config.eval.root, f"{place}: eval", download=fetch)
             return {data.name: replace(data, digest=eval_tasks.task_digest(data)) for data in found}
+        except StoreError as error:
+            raise ConfigError(f"{place}: eval.tasks: {error}") from error
         except WinnowError:
             raise
-        except Exception as error:  # each store has error classes of its own; all mean the same to the user
+        except Exception as error:  # the hub has error classes of its own; all mean the same to the user
             raise ConfigError(f"{place}: eval.tasks can't be read: {one_line(error)}") from error
     add(Step("tasks", "tasks", demo_world.VERSION, {"seed": config.seed}, {}, "pool"))
     for index, entry in enumerate(config.eval.tasks):

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.core import storage
-from pipeline.core.errors import ConfigError, WinnowError, one_line
+from pipeline.core.errors import ConfigError, StoreError, WinnowError, one_line
 from stages.selection import uids as uid_pairs
 
 URL_COLUMNS = ("url", "final_url")  # where a row's image came from
@@ -88,6 +88,8 @@ def parse(uids: str | Sequence[str], domains: str | Sequence[str], place: str) -
     for path in exclusion.uid_paths:
         try:
             _read_uids(path)
+        except StoreError as error:
+            raise ConfigError(f"{place}.uids: {error}") from error
         except WinnowError as error:
             raise ConfigError(f"{place}.{error}") from error
     return exclusion

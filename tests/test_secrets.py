@@ -15,13 +15,14 @@ import yaml
 
 from pipeline import execute, runs
 from pipeline import plan as planning
-from pipeline.core import config, log
+from pipeline.core import config, log, patience, storage
 from pipeline.core.errors import WinnowError, one_line, without_secrets
 from tests.conftest import TINY
 from tests.download_fixture import FAST, uid_of
 from tests.engine_fixture import EngineHere
 from tests.image_server import ImageServer
 from tests.pool_fixture import drawing
+from tests.s3_faults import Fault, FaultyStore
 
 IMAGES = [drawing(number, 40, 30, "JPEG") for number in range(12)]
 # Every planted secret has this in it, and nothing else does.
@@ -38,7 +39,16 @@ SIGNATURES = (
 
 
 class Closing(EngineHere):
+    def __init__(self, *_):
+        super().__init__()
+
     def close(self):
+        return None
+
+    def running(self, step, is_running):
+        return None
+
+    def count(self, step, unit, units, samples, failed):
         return None
 
 
@@ -118,6 +128,43 @@ def test_a_run_writes_and_prints_no_secret(tmp_path, server, monkeypatch, capfd)
     assert read > 30
     logs = (next((tmp_path / "root").glob("runs/*/log.jsonl"))).read_text()
     assert '"url"' not in logs and all(json.loads(line) for line in logs.splitlines())
+
+
+def test_a_run_on_an_object_store_writes_and_prints_no_credentials(tmp_path, s3_endpoint, s3_url, monkeypatch, capfd):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, f"{MARK}{name}")
+    monkeypatch.setattr(execute, "Engine", Closing)
+    values = {
+        "root": f"{s3_url}/root",
+        "pool": {"source": {"layout": "demo", "pairs": 40}, "shard_size": 40},
+        "stages": ["image_stats"],
+        "strategies": {"no_filter": {}},
+        "compare": ["no_filter"],
+        "recipes": {"tiny": yaml.safe_load(TINY.read_text())["recipes"]["tiny"]},
+        "train": {"recipe": "tiny"},
+        "eval": {"root": "demo", "tasks": ["colours"]},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with FaultyStore(s3_endpoint) as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.01)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        store.add(Fault("slow_down_503", "put", "*/_artifact.json", times=1))
+        plan = planning.build(config.load(str(path), []), str(path), until=planning.STAGES)
+        assert execute.run(plan, str(path), planning.targets(plan, planning.STAGES), runs.stages_record) == 0
+        written = storage.list_files(s3_url, recursive=True)
+        assert len(written) > 8
+        for name in written:
+            assert MARK not in name and MARK.encode() not in storage.read_bytes(f"{s3_url}/{name}"), name
+        store.add(Fault("wrong_signature_403", times=None))
+        with pytest.raises(WinnowError, match="AWS_SECRET_ACCESS_KEY") as caught:
+            planning.build(config.load(str(path), [f"exclude.uids={s3_url}/a?X-Amz-Signature={MARK}"]), str(path))
+        assert MARK not in str(caught.value)
+    printed = capfd.readouterr()
+    assert "can't be written yet" in printed.err and "image_stats" in printed.err
+    assert MARK not in printed.out + printed.err
 
 
 def without_source_urls(path: pathlib.Path) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from pipeline.core import artifact, storage
@@ -43,6 +45,23 @@ def test_a_block_that_fails_publishes_nothing(folder):
     assert storage.list_files(folder, recursive=True) == ["x.bin"]
 
 
+def test_a_file_that_was_lost_or_cut_since_is_named(folder):
+    made = artifact.Artifact(folder, "thing", {"version": 1})
+    for name in ("a.bin", "b/c.bin", ".DS_Store"):
+        storage.write_bytes(storage.join(made.path, name), b"1234")
+    record = artifact.finish(made, {})
+    assert sorted(record["files"]) == ["a.bin", "b/c.bin"]
+    artifact.check_sizes(made.path, record)
+    storage.write_bytes(storage.join(made.path, "b/c.bin"), b"123")
+    with pytest.raises(
+        WinnowError, match=r"b/c\.bin: 3 bytes, expected 4 bytes as when it was finished: remove .*thing-"
+    ):
+        artifact.check_sizes(made.path, record)
+    storage.delete(storage.join(made.path, "a.bin"))
+    with pytest.raises(WinnowError, match=r"a\.bin: no file, expected 4 bytes"):
+        artifact.check_sizes(made.path, record)
+
+
 def test_an_artifact_is_complete_only_with_its_record(folder):
     made = artifact.Artifact(folder, "thing", {"version": 1, "inputs": {"pool": "abc"}})
     storage.write_bytes(storage.join(made.path, "00000.bin"), b"data")
@@ -56,6 +75,23 @@ def test_an_artifact_is_complete_only_with_its_record(folder):
     assert artifact.content_digest(artifact.finish(made, {"rows": 4}, fact_files=["times.jsonl"])) == digest
     storage.write_bytes(storage.join(made.path, "00000.bin"), b"DATA")
     assert artifact.content_digest(artifact.finish(made, {"rows": 4}, fact_files=["times.jsonl"])) != digest
+
+
+def test_a_record_lists_what_is_there_whoever_hashed_it(folder):
+    made = artifact.Artifact(folder, "thing", {"version": 1})
+    contents = {"00000.bin": b"first", "below/00001.bin": b"second", "below/empty.bin": b""}
+    for name, data in contents.items():
+        storage.write_bytes(storage.join(made.path, name), data)
+    storage.write_bytes(storage.join(made.path, f"00002.bin{storage.TEMPORARY_MARK}12345678"), b"half a third")
+    expected = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
+    }
+    record = artifact.finish(made, {})
+    assert record["files"] == expected
+    assert storage.list_files(made.path, recursive=True) == sorted([artifact.RECORD, *contents])
+    told = {"bytes": 5, "sha256": "f" * 64}  # of what was hashed when written, nothing is read
+    again = artifact.finish(made, {}, known={"00000.bin": told}, file_notes={"00000.bin": {"rows": 3}})
+    assert again["files"] == expected | {"00000.bin": told | {"rows": 3}}
 
 
 def test_a_fingerprint_depends_on_values_and_refuses_what_json_cannot_hold():

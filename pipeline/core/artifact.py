@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.core import storage
 from pipeline.core.errors import WinnowError
 
 RECORD = "_artifact.json"
+READ_THREADS = 16  # of files that nobody has hashed yet: they mostly wait for the store
 
 
 def canonical_json(value: Any) -> str:
@@ -100,23 +102,24 @@ def finish(
 ) -> dict[str, Any]:
     """The record, written last: from now on the artifact counts as complete.
 
+    Hidden files are none of ours: `.DS_Store`, `.nfs0000...`.
+
     Args:
         facts: counts, seconds, versions; not identity.
         fact_files: names of files that hold measurements (times); listed, but no part of the content digest.
         file_notes: further entries per file name, such as the digest of the shard that it was computed from.
         known: {name: {bytes, sha256}} of files that were hashed when written; the others are read and hashed here.
     """
+    known, notes, facts_only = known or {}, file_notes or {}, set(fact_files)
+    names = [name for name in remove_temporaries(artifact.path) if name != RECORD and not is_hidden(name)]
+    unknown = [name for name in names if name not in known]
+    with ThreadPoolExecutor(READ_THREADS) as readers:
+        paths = [storage.join(artifact.path, name) for name in unknown]
+        found = dict(zip(unknown, readers.map(file_entry, paths), strict=True))
     entries: dict[str, dict[str, Any]] = {}
-    notes = file_notes or {}
-    remove_temporaries(artifact.path)
-    for name in storage.list_files(artifact.path, recursive=True):
-        if storage.TEMPORARY_MARK in name or name == RECORD:
-            continue
-        path = storage.join(artifact.path, name)
-        entry = dict(
-            (known or {}).get(name) or {"bytes": storage.size_bytes(path), "sha256": storage.sha256_file(path)}
-        )
-        if name in set(fact_files):
+    for name in names:
+        entry = dict(known[name] if name in known else found[name])
+        if name in facts_only:
             entry["fact"] = True
         entries[name] = entry | dict(notes.get(name, {}))
     if not entries:
@@ -132,11 +135,42 @@ def finish(
     return record
 
 
-def remove_temporaries(path: str) -> None:
-    """None; removes what killed workers left in the folder. A live one of another run finds out and tries again."""
-    for name in storage.list_files(path, recursive=True):
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def check_sizes(path: str, record: Mapping[str, Any]) -> None:
+    """None. Raises WinnowError naming a file of a finished artifact that is gone, or has another size than then."""
+    there = storage.list_sizes(path)
+    for name, entry in record["files"].items():
+        if there.get(name) != entry["bytes"]:
+            found = f"{there[name]:,} bytes" if name in there else "no file"
+            raise WinnowError(
+                f"{path}/{name}: {found}, expected {entry['bytes']:,} bytes as when it was finished: remove {path}, "
+                "and the same command makes it again"
+            )
+
+
+def file_entry(path: str) -> dict[str, Any]:
+    """{bytes, sha256} of a file, as a record lists it."""
+    digest, num_bytes = hashlib.sha256(), 0
+    with storage.open_read(path) as file:
+        while chunk := file.read(storage.CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def remove_temporaries(path: str) -> list[str]:
+    """The names of the folder's other files, after what killed workers left in it was removed.
+
+    A live worker of another run whose temporary file was removed finds out and tries again.
+    """
+    names = storage.list_files(path, recursive=True)
+    for name in names:
         if storage.TEMPORARY_MARK in storage.name_of(name):
             storage.delete(storage.join(path, name))
+    return [name for name in names if storage.TEMPORARY_MARK not in name]
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:

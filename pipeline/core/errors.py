@@ -3,6 +3,7 @@
 WinnowError            exit code 1   something went wrong in this run: a file, a shard, a step
   ConfigError          exit code 2   the configuration or the command line is wrong: nothing was started
   ImageError           (a row)       an image that can't be used; `reason` is one of FAILURES
+  StoreError           exit code 1   an object store failed, refused or is not there; `transient` where it may yet work
   StepError            exit code 1   a step failed; the message names its shards and their causes
   NetworkDownError     exit code 1   a download in which nothing answers any more
 
@@ -77,6 +78,7 @@ class WinnowError(Exception):
     """Base of the errors that end a run with one clear line, whatever lines a file's text brings into it."""
 
     exit_code = 1
+    transient = False  # True: nothing is wrong with the input, and the same may succeed when it is tried again later
 
     def __init__(self, message: str = ""):
         super().__init__(" ".join(message.splitlines()))
@@ -86,6 +88,17 @@ class ConfigError(WinnowError):
     """The configuration or the command line is wrong; nothing was started."""
 
     exit_code = 2
+
+
+class StoreError(WinnowError):
+    """An object store failed or refused; `cause` says why in plain words."""
+
+    def __init__(self, path: str, doing: str, cause: str, transient: bool = False):
+        super().__init__(without_secrets(f"{path} can't be {doing}: {cause}"))
+        self.path, self.doing, self.cause, self.transient = path, doing, cause, transient
+
+    def __reduce__(self):
+        return type(self), (self.path, self.doing, self.cause, self.transient)
 
 
 class StepError(WinnowError):

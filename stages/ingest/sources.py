@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
 from pydantic import Field
 
 from pipeline.core import config, pool, storage
@@ -361,14 +360,10 @@ def _listing(root: str, recursive: bool = True) -> dict[str, FileEntry]:
     """The files in (or below) the folder by relative name, in order; hidden ones left out."""
     files: dict[str, FileEntry] = {}
     if storage.is_url(root):
-        fs, inner = fsspec.core.url_to_fs(root)
-        fs.invalidate_cache()
-        for path, info in fs.find(inner, maxdepth=None if recursive else 1, detail=True).items():
-            name = path[len(inner.rstrip("/")) + 1 :]
-            if name and not name.endswith("/") and not is_hidden(name):
-                stamp = info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("mtime") or ""
-                files[name] = FileEntry(int(info["size"]), str(stamp))
-        return dict(sorted(files.items()))
+        for name, entry in storage.list_entries(root, recursive).items():
+            if not is_hidden(name):
+                files[name] = FileEntry(entry.size_bytes, entry.stamp)
+        return files
 
     def refuse(error: OSError) -> None:
         raise ConfigError(f"{error.filename}: a folder that can't be listed: {error.strerror}") from error
