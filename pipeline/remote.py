@@ -5,6 +5,7 @@ torch and what needs it come in there, never in the driver.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeline.core import clip_model
 from pipeline.core.config import Resources
 from pipeline.core.engine import post
 from training.recipe import Recipe, Seeds
-from training.worker import train_on_ray
+from training.worker import any_leaves, this_machine, train_on_ray
 
 
 def train_one(
@@ -26,7 +27,7 @@ def train_one(
     report: Callable[[dict[str, Any]], None],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Facts of one training in this process.
+    """Facts of one training in this process, a worker of Ray's.
 
     Args:
         report: posts its progress.
@@ -34,7 +35,9 @@ def train_one(
     """
     from training.loop import train
 
-    return train(train_set_path, out_path, recipe, seeds, device=device, threads=threads, report=report, **options)
+    leaving = functools.partial(any_leaves, frozenset([this_machine()]))
+    where = {"device": device, "threads": threads, "leaving": leaving}
+    return train(train_set_path, out_path, recipe, seeds, **where, report=report, **options)
 
 
 def train_on_several(

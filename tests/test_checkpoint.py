@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -97,6 +98,77 @@ def test_kills_at_random_moments(train_set_path, uninterrupted, tmp_path):
     facts = train(train_set_path, out_path, recipe(**OWN), Seeds(0, 0), batch_size=3)
     assert facts["resumed_at_step"] > 0
     assert_same_files(out_path, uninterrupted)
+
+
+def train_with_a_state_a_step(train_set_path, out_path):
+    train(train_set_path, out_path, recipe(**OWN), Seeds(0, 0), batch_size=3, checkpoint_every_steps=1)
+
+
+def test_two_at_once_in_one_folder(train_set_path, uninterrupted, tmp_path):
+    """As for some seconds after a driver was killed and the same command given again: neither harms the other."""
+    processes = [
+        multiprocessing.get_context("spawn").Process(
+            target=train_with_a_state_a_step, args=(train_set_path, str(tmp_path))
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert_same_files(str(tmp_path), uninterrupted)
+
+
+def test_a_machine_that_will_go_makes_states_due(train_set_path, uninterrupted, tmp_path, monkeypatch):
+    """From when it is known to when it is not, and not before; nothing of the result changes."""
+    monkeypatch.setattr(checkpoint, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "LEAVING_EVERY_S", 0.0)
+    monkeypatch.setattr(checkpoint, "SAVING_FACTOR", 0.0)
+    reached, newest = [0], {}
+
+    def see(line):
+        reached.append(line["step"])
+        newest[line["step"]] = max(
+            (name for name in storage.list_folders(str(tmp_path)) if "step_" in name), default=""
+        )
+
+    options = {"batch_size": 3, "checkpoint_every_s": 1e6, "report": see}
+    train(train_set_path, str(tmp_path), recipe(**OWN), Seeds(0, 0), leaving=lambda: 4 <= reached[-1] < 8, **options)
+    assert newest == {step: f"step_{min(step - 1, 7):08d}" if step > 4 else "" for step in range(1, 14)}
+    assert_same_files(str(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize(("every_s", "took_s", "due_s"), [(300, 0.1, 5), (300, 20, 40), (300, 1000, 300), (3, 0.1, 3)])
+def test_how_often_states_are_due_while_a_machine_will_go(every_s, took_s, due_s, monkeypatch):
+    """Soon, but most of the time is left to the training however long it takes to save a state; asked once a second."""
+    now_s, asked, leaves = [1000.0], [], [False]
+
+    def leaving():
+        asked.append(now_s[0])
+        return leaves[0]
+
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now_s[0])
+    schedule = checkpoint.Schedule(every_s, leaving)
+    with schedule.saving():
+        now_s[0] += took_s
+    saved_s = now_s[0]
+    now_s[0] = saved_s + every_s
+    assert not schedule.is_due()
+    now_s[0] += 0.01
+    assert schedule.is_due()
+
+    leaves[0], now_s[0] = True, now_s[0] + 1
+    with schedule.saving():
+        now_s[0] += took_s
+    saved_s, asked[:] = now_s[0], []
+    for place in range(round(due_s * 10) + 1):
+        now_s[0] = saved_s + place / 10
+        assert not schedule.is_due()
+    now_s[0] += 0.1
+    assert schedule.is_due()
+    assert all(later - sooner >= checkpoint.LOOK_EVERY_S for sooner, later in itertools.pairwise(asked))
+    assert len(asked) >= due_s / 1.2
 
 
 def save_without_checksum(out_path, step):

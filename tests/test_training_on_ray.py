@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -21,11 +23,12 @@ from pipeline.core.config import Resources
 from pipeline.core.errors import WinnowError
 from tests.training_fixture import on_ranks, recipe, train_rank, write_train_set
 from training.recipe import Seeds
-from training.worker import root_cause, train_on_ray
+from training.worker import MAX_FAILURES, Failures, root_cause, train_on_ray
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent  # not the conftest's: it drops RAY_ variables, in workers too
 TWO_WORKERS, FIXED = Resources(cpus=1, workers=2, min_workers=1), Resources(cpus=1, workers=2)
 WEIGHTS = "open_clip_model.safetensors"
+LONG = {"samples_seen": 2400}  # 300 steps, a line every third
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 
@@ -87,6 +90,19 @@ def wait_at(steps, folder, line):
         time.sleep(600)
 
 
+def wait_for_state(step, out_path, folder, line):
+    """From the step on each line takes a second, until there is a state: then, once, rank 0 waits for being killed."""
+    note(folder, line)
+    found = pathlib.Path(folder) / "state"
+    if line["step"] < step or found.exists():
+        return
+    storage.write_bytes(f"{folder}/waits_at_{step}", str(os.getpid()).encode())
+    time.sleep(1)
+    if states := [name for name in storage.list_folders(out_path) if name.startswith("step_")]:
+        storage.write_bytes(str(found), states[-1].encode())
+        time.sleep(600)
+
+
 def fail_at(step, folder, line):
     note(folder, line)
     if line["step"] == step:
@@ -95,12 +111,17 @@ def fail_at(step, folder, line):
 
 def process_that_waits(folder, step, alive=lambda: True):
     """The process of rank 0, once it waits at the step."""
-    place, deadline = pathlib.Path(folder) / f"waits_at_{step}", time.monotonic() + 300
-    while not place.exists():
-        assert alive()
-        assert time.monotonic() < deadline, "the step did not come"
-        time.sleep(0.02)
+    place = pathlib.Path(folder) / f"waits_at_{step}"
+    wait_for(place.exists, alive)
     return int(place.read_text())
+
+
+def wait_for(condition, alive=lambda: True):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert alive()
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -180,13 +201,140 @@ def test_a_killed_driver_and_a_final_error_leave_step_checkpoints_only(cluster, 
     assert storage.list_folders(out_path) == ["step_00000002", "step_00000004"]
 
 
-def test_the_cause_is_not_what_a_peer_tells_of_it():
-    from ray.train import ControllerError, WorkerGroupError
+ENGINE = """
+import functools, json, sys
+from pipeline import remote
+from pipeline.core.config import Resources
+from pipeline.core.engine import Engine
+from tests.test_training_on_ray import LONG, recipe, wait_for_state
+from training.recipe import Seeds
+train_set_path, out_path, notes = sys.argv[1:]
+report = functools.partial(wait_for_state, 6, out_path, notes)
+engine = Engine(lambda name, cause: print(f"{name}: {cause}"))
+arguments = (train_set_path, out_path, recipe(**LONG), Seeds(0, 0), "cpu", 1, report, {})
+print(json.dumps(engine.map(remote.train_one, [arguments], ["training"], Resources())[0]))
+"""
 
+
+@contextlib.contextmanager
+def ended(command, environment, **options):
+    """A process of its own group, which is ended with the block."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def assert_went_on(folder, facts):
+    """From the state that was saved after Ray was told: no line before it came twice."""
+    state = int((folder / "state").read_text().removeprefix("step_"))
+    assert facts["resumed_at_step"] == state > 6
+    steps = noted(folder)
+    again = next(place for place, (step, later) in enumerate(itertools.pairwise(steps), 1) if later <= step)
+    assert state < steps[again] <= steps[again - 1]
+    assert steps[-1] == facts["steps"]
+    assert storage.list_folders(str(folder / "checkpoint")) == ["open_clip"]
+
+
+@pytest.mark.ray
+def test_trainings_that_each_take_the_whole_cluster_take_turns(cluster, train_set_path, tmp_path):
+    """Neither holds a part of what the other waits for."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if not cluster.worker_nodes:
+        cluster.add_node(**NODE)
+    report, short = functools.partial(note, str(tmp_path)), recipe(samples_seen=16)
+    with ThreadPoolExecutor(2) as pool:
+        trainings = [
+            pool.submit(train_on_ray, train_set_path, str(tmp_path / name), short, Seeds(0, 0), FIXED, report=report)
+            for name in ("one", "other")
+        ]
+    assert [training.result()["num_workers"] for training in trainings] == [2, 2]
+    assert noted(tmp_path) == [1, 2, 1, 2]
+
+
+@pytest.mark.ray
+def test_a_preempted_node_of_two_workers_saves_a_state_first(cluster, train_set_path, tmp_path):
+    """Ray is told that it will go, and it goes: one worker ends what two began, with all that they did."""
+    import ray
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    if not cluster.worker_nodes:
+        cluster.add_node(**NODE)
+    (node,) = cluster.worker_nodes
+    out_path = str(tmp_path / "checkpoint")
+    report = functools.partial(wait_for_state, 6, out_path, str(tmp_path))
+    arguments = (train_set_path, out_path, recipe(**LONG), Seeds(0, 0), TWO_WORKERS)
+    with in_background(train_on_ray, *arguments, report=report) as future:
+        process_that_waits(tmp_path, 6, lambda: not future.done())
+        assert storage.list_folders(out_path) == ["ray_train"]
+        preempted, deadline_ms = DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, int(1000 * (time.time() + 10))
+        ray._private.worker.global_worker.gcs_client.drain_node(node.node_id, preempted, "spot", deadline_ms)
+        wait_for((tmp_path / "state").exists, lambda: not future.done())
+        cluster.remove_node(node, allow_graceful=False)
+        facts = future.result()
+    assert facts["num_workers"] == 1
+    assert_went_on(tmp_path, facts)
+
+
+@pytest.mark.ray
+def test_a_machine_that_is_told_to_go_saves_a_state_first(cluster, train_set_path, tmp_path):
+    """SIGTERM to the node of a training of one worker, as Kubernetes sends it: Ray drains it for a while, then it ends."""
+    import ray
+    from ray.util import placement_group, remove_placement_group
+
+    out_path, started = tmp_path / "checkpoint", pathlib.Path(sys.executable).parent / "ray"
+    environment = os.environ | {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "15", "RAY_ADDRESS": cluster.address}
+    start = [started, "start", "--block", f"--address={cluster.address}", "--num-cpus=1"]
+    command = [sys.executable, "-c", ENGINE, train_set_path, str(out_path), str(tmp_path)]
+    held = placement_group([{"CPU": 1}] * int(ray.cluster_resources()["CPU"]))  # so that it runs on the new node
+    assert held.wait(60)
+    with contextlib.ExitStack() as processes:
+        node = processes.enter_context(ended(start, environment))
+        driver = processes.enter_context(ended(command, environment, stdout=subprocess.PIPE, text=True))
+        process_that_waits(tmp_path, 6, lambda: driver.poll() is None)
+        assert storage.list_folders(str(out_path)) == []
+        node.send_signal(signal.SIGTERM)
+        wait_for((tmp_path / "state").exists, lambda: node.poll() is None and driver.poll() is None)
+        remove_placement_group(held)
+        output, _ = driver.communicate(timeout=300)
+    assert driver.returncode == 0
+    *told, facts = output.splitlines()
+    assert told == ["training: its machine was lost"]
+    assert_went_on(tmp_path, json.loads(facts))
+
+
+def test_failures_end_a_training_that_does_not_get_on(tmp_path):
+    """Lost workers end it only when there is no new state between them; announced preemptions never; our errors at once."""
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    lost = RayActorError(error_msg="The actor died")
+    died, told = (WorkerHealthCheckFailedError("", error) for error in (lost, RayActorError(preempted=True)))
+    peer = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+    failures, own = Failures(str(tmp_path)), WinnowError("a fault of the train set")
+    for step in (3, 12, 100):
+        for _ in range(MAX_FAILURES):
+            assert failures.final({0: peer, 1: died}) is None
+            assert failures.final({0: peer, 1: told}) is None
+        storage.write_bytes(f"{tmp_path}/step_{step:08d}/state.pt", b"")
+    for _ in range(MAX_FAILURES):
+        assert failures.final({0: peer, 1: died}) is None
+    assert str(failures.final({0: peer, 1: died})) == f"{tmp_path}: training failed: RayActorError: The actor died"
+    killed = OutOfMemoryError("1 worker(s) were killed due to the node running low on memory.\nA page of advice")
+    expected = "too little memory, expected more cluster.train.memory_gb, .* low on memory.$"
+    assert re.search(expected, str(failures.final({0: peer, 1: WorkerHealthCheckFailedError("", killed)})))
+    assert Failures(str(tmp_path)).final({0: peer, 1: own}) is own
+    own.transient = True
+    assert Failures(str(tmp_path)).final({0: own}) is None
+
+
+def test_the_cause_is_not_what_a_peer_tells_of_it():
     own = ValueError("a fault of our own")
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
-    assert root_cause(WorkerGroupError("", {0: lost, 1: own, 2: lost})) is own
-    assert root_cause(WorkerGroupError("", {0: torch.distributed.DistBackendError("NCCL"), 1: own})) is own
-    assert root_cause(WorkerGroupError("", {0: lost})) is lost
-    assert root_cause(ControllerError(own)) is own
-    assert root_cause(own) is own
+    assert root_cause(lost, own, lost) is own
+    assert root_cause(torch.distributed.DistBackendError("NCCL"), own) is own
+    assert root_cause(lost) is lost

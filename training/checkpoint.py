@@ -10,7 +10,9 @@ two are kept. Works on local folders and object stores. The caller's state must 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import errno
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,22 +22,52 @@ from pipeline.core.errors import WinnowError, one_line
 
 KEPT = 2
 STATE_FILE, DIGEST_FILE = "state.pt", "state.pt.sha256"
+LOOK_EVERY_S = 1.0  # how soon it is seen that a machine will go
+LEAVING_EVERY_S = 5.0  # how old a state gets from then on: what the training computed since is lost with the machine
+SAVING_FACTOR = 2.0  # or as old as so many times what it takes to save one
+
+
+class Schedule:
+    """When the next state is due: every so often, and much more often while a machine of the training is to go."""
+
+    def __init__(self, every_s: float, leaving: Callable[[], bool] | None = None):
+        self._every_s, self._leaving, self._leaves = every_s, leaving, False
+        self._saved_s = self._looked_s = time.monotonic()
+        self._took_s = 0.0
+
+    def is_due(self) -> bool:
+        """True when a state should be saved now."""
+        now_s, every_s = time.monotonic(), self._every_s
+        if self._leaving is not None and now_s - self._looked_s >= LOOK_EVERY_S:
+            left, self._leaves, self._looked_s = self._leaves, self._leaving(), now_s
+            if self._leaves and not left:
+                log.logger.warning("a machine of this training will go: states are saved more often until then")
+        if self._leaves:
+            every_s = min(every_s, max(LEAVING_EVERY_S, SAVING_FACTOR * self._took_s))
+        return now_s - self._saved_s > every_s
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Counts from its end until the next state is due."""
+        started_s = time.monotonic()
+        yield
+        self._saved_s = time.monotonic()
+        self._took_s = self._saved_s - started_s
 
 
 def save(out_path: str, step: int, state: Mapping[str, Any]) -> None:
     """None; the state after `step` finished steps is safe when this returns, and older ones than KEPT are gone."""
     folder = storage.join(out_path, f"step_{step:08d}")
-    path = storage.join(folder, STATE_FILE)
-    with written(path):
-        with storage.write_file(path) as temporary:
-            _write_state(state, temporary)
-            digest = storage.sha256_file(temporary)
-        storage.write_bytes(storage.join(folder, DIGEST_FILE), digest.encode())
+    with written(storage.join(folder, STATE_FILE)):
+        try:
+            _write_with_checksum(state, folder)
+        except FileNotFoundError:  # the same training ended elsewhere just now, and took the folder away
+            _write_with_checksum(state, folder)
     # Newer ones were passed over at the start and will be written again; those without a checksum never count.
     older = [name for name in _step_folders(out_path) if _step_of(name) <= step]
     kept = [name for name in older if storage.exists(storage.join(out_path, name, DIGEST_FILE))][:KEPT]
     for name in set(older) - set(kept):
-        storage.delete(storage.join(out_path, name))
+        _delete(out_path, name)
 
 
 @contextlib.contextmanager
@@ -45,6 +77,13 @@ def written(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise WinnowError(f"{path} can't be written: {one_line(error)}") from error
+
+
+def _write_with_checksum(state: Mapping[str, Any], folder: str) -> None:
+    with storage.write_file(storage.join(folder, STATE_FILE)) as temporary:
+        _write_state(state, temporary)
+        digest = storage.sha256_file(temporary)
+    storage.write_bytes(storage.join(folder, DIGEST_FILE), digest.encode())
 
 
 def _write_state(state: Mapping[str, Any], path: str) -> None:
@@ -63,14 +102,15 @@ def load_newest(out_path: str, identity: str) -> dict[str, Any] | None:
         path = storage.join(out_path, name, STATE_FILE)
         try:
             expected = storage.read_bytes(storage.join(out_path, name, DIGEST_FILE)).decode()
-            whole = storage.sha256_file(path) == expected
+            state = None
+            if storage.sha256_file(path) == expected:
+                with storage.open_read(path) as file:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:  # the process was killed between the state and its checksum, or while deleting
-            whole = False
-        if not whole:
+            state = None
+        if state is None:
             log.logger.warning("%s is not whole: it is passed over", path)
             continue
-        with storage.open_read(path) as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
         if state["identity"] == identity:
             return state
         log.logger.warning("%s is of another training: it is passed over", path)
@@ -80,7 +120,15 @@ def load_newest(out_path: str, identity: str) -> dict[str, Any] | None:
 def delete_all(out_path: str) -> None:
     """None; removes every step checkpoint: a finished artifact is the same however often it was interrupted."""
     for name in _step_folders(out_path):
+        _delete(out_path, name)
+
+
+def _delete(out_path: str, name: str) -> None:
+    try:
         storage.delete(storage.join(out_path, name))
+    except OSError as error:  # the same training elsewhere, or one that is being ended, deletes it or writes it now
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+            raise
 
 
 def _step_folders(out_path: str) -> list[str]:

@@ -37,6 +37,7 @@ from training.step import Learner, learning_rate
 from training.train_set import count_repeats, index_digest, open_train_set
 
 MODEL_FOLDER = "open_clip"
+ASK_EVERY_STEPS = 10  # sharded, the ranks ask rank 0 so often whether a state is due
 SIGLIP_START = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # Zhai et al. 2023
 
 
@@ -57,6 +58,7 @@ def train(
     report: Callable[[dict[str, Any]], None] | None = None,
     checkpoint_every_s: float = 300.0,
     checkpoint_every_steps: int | None = None,
+    leaving: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Facts of the finished training, whose files lie in out_path. Goes on from its newest step checkpoint.
 
@@ -68,6 +70,8 @@ def train(
         held_out_path: a pool that is not trained on, to watch recall on.
         report: called by rank 0 with each line of the metrics.
         checkpoint_every_s, checkpoint_every_steps: whichever comes first; neither changes the result.
+        leaving: whether a machine of this training will soon go; asked by rank 0 about every second. While it says so,
+            states are saved every few seconds.
 
     Raises:
         WinnowError: the train set can't be read, the loss is not finite, the memory does not suffice.
@@ -197,7 +201,7 @@ def train(
         )
     line_steps = watch.line_steps(recipe)
     copied_steps = probe.steps(recipe) | set(recipe.kept_steps) if is_sharded else set()
-    saved_s = time.monotonic()
+    schedule = checkpoint.Schedule(checkpoint_every_s, leaving)
     batches = loader.batches(first_step)
     for step in range(first_step, recipe.num_steps):
         asked_s = time.monotonic()
@@ -231,21 +235,22 @@ def train(
         if rank == 0 and done in recipe.kept_steps:
             keep_model(done)
         is_asked = checkpoint_every_steps is not None and done % checkpoint_every_steps == 0
-        can_save = not is_sharded or is_line or is_asked  # sharded, all ranks take part and ask rank 0 now and then
-        is_due = rank == 0 and can_save and (is_asked or time.monotonic() - saved_s > checkpoint_every_s)
+        # Sharded, all ranks take part and ask rank 0 now and then.
+        can_save = not is_sharded or is_line or is_asked or done % ASK_EVERY_STEPS == 0
+        is_due = rank == 0 and can_save and (is_asked or schedule.is_due())
         # A loss that is not a number ends the training at the next line: until then the states are those before it.
         is_due = is_due and done < recipe.num_steps and math.isfinite(taken.loss.item())
         if is_sharded and can_save:
             is_due = sharding.said_by_rank_0(is_due, device)
         if is_due:
-            of_learner = learner.state()
-            if rank == 0:
-                counted = watcher.state()  # before the state is written: lines up to its step are never lost
-                state = {"identity": identity, "step": done, "watch": counted, "spent": spent(), **of_learner}
-                checkpoint.save(out_path, done, state)
-                del state
-                saved_s = time.monotonic()
-            del of_learner
+            with schedule.saving():
+                of_learner = learner.state()
+                if rank == 0:
+                    counted = watcher.state()  # before the state is written: lines up to its step are never lost
+                    state = {"identity": identity, "step": done, "watch": counted, "spent": spent(), **of_learner}
+                    checkpoint.save(out_path, done, state)
+                    del state
+                del of_learner
     batches.close()
 
     facts: dict[str, Any] = {}
