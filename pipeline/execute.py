@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipeline import plan as planning
-from pipeline import remote, runs, states, watch
+from pipeline import preflight, remote, runs, states, summary, watch
 from pipeline.core import artifact, log, pool, storage
 from pipeline.core.config import Resources
 from pipeline.core.engine import Engine, post
@@ -48,14 +48,13 @@ class Executor:
         self.versions = runs.package_versions()
         self.stopped = threading.Event()
         self.interrupted: list[str] = []  # folders that were being written when the run was stopped
+        self.made: set[str] = set()  # the steps that were finished here
+        self._whole: set[str] = set()  # those whose files were found to be there
         self._watch = watch.Watch(engine, progress, run_path, plan.config.train.log_to)
 
     def run(self, targets: Sequence[str], outcome: Outcome) -> Outcome:
         """The outcome after every step that `targets` need is done, failed, or waits for a failed one."""
         wanted = self.plan.ancestors(list(targets))
-        for name in wanted:
-            step = self.plan.steps[name]
-            self.engine.check_fits(self._resources(step), f"cluster.{step.resources}")
         for name in wanted:
             if self.plan.steps[name].unavailable:
                 outcome.failures[name] = self.plan.steps[name].unavailable
@@ -132,6 +131,7 @@ class Executor:
         label = names[0] if len(names) == 1 else _group_label(names)
         started = time.monotonic()
         try:
+            self._check_inputs(steps, statuses)
             self._check_disk(steps[0], statuses)
             if isinstance(steps[0].work, Stage):
                 failed = self._run_stages(label, steps, statuses)
@@ -142,6 +142,8 @@ class Executor:
                 self._finish(steps[0], statuses, facts, started, **notes)
                 failed = {}
         except Exception as error:  # the step boundary: recorded, and the other steps go on
+            for line in [f"{label}/fit", *([label] if len(steps) > 1 else [])]:
+                self.progress.drop(line)
             if len(steps) > 1 and not self.stopped.is_set():  # one of them is at fault: each for itself
                 return {step: cause for name in names for step, cause in self._run_group([name], statuses).items()}
             bug = error if not isinstance(error, WinnowError) else error.__cause__
@@ -177,6 +179,7 @@ class Executor:
         assert made is not None  # only steps that are todo get here
         common = {"seconds": round(time.monotonic() - started, 3), **self.versions}
         artifact.finish(made, {**facts, **common}, **notes)
+        self.made.add(step.name)
 
     def _one(self, label: str, function: Callable, arguments: tuple, step: Step) -> Any:
         return self.engine.map(function, [arguments], [label], self._resources(step))[0]
@@ -507,6 +510,12 @@ class Executor:
         self.progress.end(label)
         return failed
 
+    def _check_inputs(self, steps: Sequence[Step], statuses: Mapping[str, Status]) -> None:
+        """None. Raises WinnowError when files of what the steps read were lost or cut since; looks once a run."""
+        for name in {name for step in steps for name in step.inputs.values()} - self._whole:
+            artifact.check_sizes(_path(statuses, name), statuses[name].record or {"files": {}})
+            self._whole.add(name)
+
     def _check_disk(self, step: Step, statuses: Mapping[str, Status]) -> None:
         """None. Raises StepError when the step would write more than there is room for."""
         if storage.free_bytes(self.plan.config.root) is None:
@@ -542,6 +551,9 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], record: runs.MakeR
     Args:
         targets: the steps to reach.
         record: makes the run.json that the report is written from; None for an `--until` that ends before any report.
+
+    Raises:
+        PreflightError: the machines, the root or the files will not do; nothing was started.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
     name = storage.name_of(config_path).rsplit(".", 1)[0]
@@ -549,14 +561,21 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], record: runs.MakeR
     storage.write_bytes(storage.join(run_path, "config.yaml"), runs.config_text(plan.config).encode())
     progress = log.Progress(storage.join(run_path, "log.jsonl"))
     engine = executor = None
+    started, wanted = time.monotonic(), plan.ancestors(list(targets))
     try:
         progress.event("run", config=config_path, root=plan.config.root, targets=list(targets))
         progress.say(f"{config_path} -> {plan.config.root}: {len(targets)} steps; log in {run_path}")
         for warning in plan.warnings:
             progress.say(f"warning: {warning}")
         outcome = Outcome(states.resolve(plan))
-        if any(outcome.statuses[step].state != "done" for step in plan.ancestors(list(targets))):
-            engine = Engine()
+        if any(outcome.statuses[step].state != "done" for step in wanted):
+            engine = progress.meter = Engine(progress.retry, progress.say)
+            try:
+                preflight.check(plan, targets, outcome.statuses, engine)
+            except preflight.PreflightError:
+                progress.close()
+                storage.delete(run_path)  # there was no run
+                raise
             executor = Executor(plan, engine, progress, run_path)
             outcome = executor.run(targets, outcome)
         runs.write_plan(run_path, outcome)
@@ -566,11 +585,15 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], record: runs.MakeR
             storage.write_json(storage.join(run_path, "run.json"), record(plan, outcome, name, now))
             text = report.write_report(run_path, log.screen_width())
             progress.close()
-            print(text)
-        for step, cause in outcome.failures.items():
-            progress.say(f"FAILED  {step}: {cause}")
-        progress.event("run_end", failures=outcome.failures)
-        return 1 if outcome.failures else 0
+            print(text, flush=True)
+        done = {name: status for name in wanted if (status := outcome.statuses[name]).state == "done"}
+        records = {name: status.record for name, status in done.items() if status.record}
+        made, seconds = executor.made if executor else set(), time.monotonic() - started
+        end = summary.summarise(plan.steps, records, made, outcome.failures, progress.units, progress.retries, seconds)
+        for line in [*end.lines(), *(f"FAILED  {step}: {cause}" for step, cause in outcome.failures.items())]:
+            progress.say(line)
+        progress.event("run_end", failures=outcome.failures, **end.to_json())
+        return 1 if outcome.failures or end.problems else 0
     finally:
         progress.close()
         if engine is not None:

@@ -1,7 +1,8 @@
 """The entry point: `python pipeline/run.py --config FILE`, the same as `winnow --config FILE`. Defines no classes.
 
-Exit codes: 0 all done, 1 a step failed (the others went on), 2 the configuration or command line is wrong and nothing
-was started, 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit codes: 0 all done, 1 a step failed (the others went on), 2 the configuration or command line is wrong, or the
+machines will not do for it, and nothing was started (with --plan: nothing would be), 130 and 143 stopped by Ctrl-C and
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ sys.path = [ROOT, *(path for path in sys.path if os.path.abspath(path or ".") no
 from pipeline.core import config, log, storage  # noqa: E402
 from pipeline.core.errors import ConfigError, WinnowError, without_secrets  # noqa: E402
 
+STOPPED = "stopped; the same command goes on where it stopped"
 DEMO = "uv run pipeline/run.py --config configs/demo.yaml"
 USAGE = f"""winnow: which filter makes the better image-text dataset?
 
@@ -49,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="only the steps of this name or below it, and what they need; `stages`: what is in the pool",
     )
-    made.add_argument("--plan", action="store_true", help="print every step's state and why; start nothing")
+    made.add_argument(
+        "--plan",
+        action="store_true",
+        help="print each step's state, why, what it will take, and what a run would stop at; start nothing",
+    )
     made.add_argument("--report", action="store_true", help="rebuild the newest run's pages from its records")
     made.add_argument("--clean", action="store_true", help="list artifacts that no run refers to")
     made.add_argument("--yes", action="store_true", help="with --clean: remove them")
@@ -67,10 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options)
     except WinnowError as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
+        for line in getattr(error, "lines", [str(error)]):
+            print(f"error: {without_secrets(line)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it stopped", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130
 
 
@@ -102,7 +109,6 @@ def run(options: argparse.Namespace) -> int:
         return runs.clean(loaded.root, remove=options.yes)
 
     from pipeline import plan as planning
-    from pipeline import states
 
     if loaded.report.beside:
         from pipeline import report, runs
@@ -112,8 +118,9 @@ def run(options: argparse.Namespace) -> int:
     plan = planning.build(loaded, options.config, fetch_tasks=not options.plan, until=options.until)
     targets = planning.targets(plan, options.until)
     if options.plan:
-        print(states.describe(plan, targets))
-        return 0
+        from pipeline import preflight
+
+        return preflight.show(plan, targets)
     try:
         storage.check_writable(loaded.root, f"{options.config}: root")
     except WinnowError as error:
@@ -129,6 +136,7 @@ def run(options: argparse.Namespace) -> int:
 def _stop(number: int, frame: object) -> None:
     """SIGTERM (spot nodes): abandon what is in hand, which was never published, and leave."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(STOPPED, file=sys.stderr)
     raise SystemExit(143)
 
 

@@ -21,7 +21,7 @@ import yaml
 
 from eval import tasks as eval_tasks
 from pipeline import account
-from pipeline.core import artifact, log, storage
+from pipeline.core import artifact, log, machines, storage
 from pipeline.core.config import Config
 from pipeline.core.errors import ConfigError, WinnowError, without_secrets
 from pipeline.plan import TASKS
@@ -32,7 +32,6 @@ from stages.base import Stage
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ARTIFACT = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{12}$")
 RUNS = "runs"
-PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "numpy", "pillow", "fasttext-community", "webdataset")
 
 
 @dataclasses.dataclass
@@ -260,19 +259,13 @@ def _recipe_values(plan: Plan, prefixes: Sequence[str], made: Callable[[str], st
 
 def package_versions() -> dict[str, Any]:
     """{versions, code}: of the packages that decide values, and the git commit of our own code where there is one."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = "unknown"
-    return {"versions": versions, "code": commit}
+    return {"versions": machines.versions(), "code": commit}
 
 
 def unreferred(root: str) -> list[str]:

@@ -8,15 +8,19 @@ pool with `retry` is to be done once more in a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import estimates
 from pipeline.core import artifact, pool, storage
 from pipeline.steps import Plan, Step
 from stages.base import Stage
 from stages.ingest import download
 from stages.ingest.fetch.settings import DownloadSettings
+
+FAITH = "each to a factor of two or three (`?`: not known)"
 
 
 @dataclass(frozen=True)
@@ -31,17 +35,25 @@ class Status:
     why: str
     record: Mapping[str, Any] | None = None
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """What a done step is to the identity of those that depend on it: found once, as records are large."""
+        assert self.record is not None  # done steps have one
+        return artifact.content_digest(self.record)
 
-def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = False) -> dict[str, Status]:
+
+Records = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def resolve(plan: Plan, known: dict[str, Status] | None = None, records: Records | None = None) -> dict[str, Status]:
     """The state of every step, by looking at what is finished below the root.
 
     Args:
         known: earlier answers; steps that were done then are not looked at again.
-        explain: look at all finished artifacts to say of a step to be done how it differs from one that is.
+        records: see finished; to say of a step to be done how it differs from a finished artifact.
     """
     root = plan.config.root
     found: dict[str, Status] = {}
-    siblings: dict[str, list[tuple[str, Mapping[str, Any]]]] | None = None
     for name, step in plan.steps.items():
         before = (known or {}).get(name)
         if before is not None and before.state == "done":
@@ -71,9 +83,7 @@ def resolve(plan: Plan, known: dict[str, Status] | None = None, explain: bool = 
                 continue
             found[name] = Status("todo", made, f"{len(stale)} shards of the pool changed", record)
             continue
-        if siblings is None:
-            siblings = _finished_by_kind(root) if explain else {}
-        found[name] = Status("todo", made, _why(made, siblings.get(step.kind, [])))
+        found[name] = Status("todo", made, _why(made, (records or {}).get(step.kind, [])))
     return found
 
 
@@ -89,10 +99,10 @@ def identity(step: Step, found: Mapping[str, Status]) -> dict[str, Any]:
     """The identity of a step whose inputs are done."""
     inputs = {}
     for role, name in step.inputs.items():
-        record = found[name].record
-        assert record is not None  # done steps have one
+        status = found[name]
+        assert status.record is not None  # done steps have one
         by_name = isinstance(step.work, Stage) and role not in ("model", "within") and not step.work.whole_pool
-        inputs[role] = record["fingerprint"] if by_name else artifact.content_digest(record)
+        inputs[role] = status.record["fingerprint"] if by_name else status.digest
     return {"version": step.version, **step.values, "inputs": inputs}
 
 
@@ -110,38 +120,56 @@ def stale_shards(step: Step, record: Mapping[str, Any] | None, found: Mapping[st
     ]
 
 
-def _finished_by_kind(root: str) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
-    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+def finished(root: str) -> dict[str, list[Mapping[str, Any]]]:
+    """{kind: records} of all finished artifacts below the root."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for folder in storage.list_folders(root):
         record = artifact.read_record(storage.join(root, folder)) if "-" in folder else None
         if record:
-            found.setdefault(record["kind"], []).append((folder, record["identity"]))
+            found.setdefault(record["kind"], []).append(record)
     return found
 
 
-def _why(made: artifact.Artifact, siblings: list[tuple[str, Mapping[str, Any]]]) -> str:
+def _why(made: artifact.Artifact, siblings: Sequence[Mapping[str, Any]]) -> str:
     """Why a step is to be done: the first field that differs from the finished sibling that shares most with it."""
     if not siblings:
         return "not made yet"
-    differences = [(artifact.first_difference(other, made.identity) or "", folder) for folder, other in siblings]
+    differences = [
+        (artifact.first_difference(other["identity"], made.identity) or "", f"{made.kind}-{other['fingerprint']}")
+        for other in siblings
+    ]
     difference, folder = min(differences, key=lambda pair: (len(pair[0]), pair))
     return f"differs from {folder} in {difference}"
 
 
-def describe(plan: Plan, wanted: list[str]) -> str:
-    """What --plan prints: step, state, artifact, and why; then the counts."""
-    statuses = resolve(plan, explain=True)
+def describe(plan: Plan, wanted: list[str]) -> tuple[str, dict[str, Status], dict[str, estimates.Estimate]]:
+    """(what --plan prints, the state of every step, what each that is to be done will write and take).
+
+    A line a step: its state, estimates where it is to be done, its artifact, and why; then sums.
+    """
+    statuses = resolve(plan)
+    records: Records = {}
+    if any(status.state == "todo" for status in statuses.values()):
+        records = finished(plan.config.root)
+        statuses = resolve(plan, statuses, records)
+    found = estimates.estimate(plan, statuses, records)
     names = plan.ancestors(wanted)
-    rows = []
+    rows = [("step", "state", "writes", "CPU time", "GPU time", "artifact, and why")]
     for name in names:
         status = statuses[name]
-        artifact_name = status.artifact.name if status.artifact else "-"
-        rows.append((name, status.state, artifact_name, status.why))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        why = f"{status.artifact.name}  {status.why}" if status.artifact else status.why
+        rows.append((name, status.state, *estimates.columns(found.get(name)), why))
+    remaining = [found[name] for name in names if name in found]
+    shown = [0, 1, *((2, 3) if remaining else ()), *((4,) if any(one.gpu_hours != 0 for one in remaining) else ()), 5]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)] + [0]
+    numbers = (2, 3, 4)
     lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+        "  ".join(row[at].rjust(widths[at]) if at in numbers else row[at].ljust(widths[at]) for at in shown)
+        for row in rows
     ]
     counts = {state: sum(row[1] == state for row in rows) for state in ("done", "todo", "pending", "unavailable")}
     told = [f"{count} {state}" for state, count in counts.items() if count or state != "unavailable"]
     lines.append(f"root {plan.config.root}: " + ", ".join(told))
-    return "\n".join(lines)
+    if remaining:
+        lines.append(f"to come: {estimates.summary(remaining)}, {FAITH}")
+    return "\n".join(lines), statuses, found

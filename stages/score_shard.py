@@ -12,6 +12,7 @@ Memory: one group of rows, two blocks, and of each row that a stage's next batch
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -281,13 +282,14 @@ def _blocks(
 ) -> Iterator[_Block]:
     """The rows of `table` (ok ones) in blocks; a single one without images where no stage reads them."""
     place = f"{pool_path}/{shard.name}.tar"
+    image_bytes = pool.read_images(pool_path, shard.name, table)  # one open file: on an object store each is a request
     start = 0
     while start < table.num_rows:
         stop = min(start + BLOCK_ROWS, table.num_rows) if reads else table.num_rows
         if "pixels" in reads:
             stop = start + max(1, int(np.searchsorted(np.cumsum(pixels[start:stop]), BLOCK_PIXELS, side="right")))
         part = table.slice(start, stop - start)
-        data = list(pool.read_images(pool_path, shard.name, part)) if reads else None
+        data = list(itertools.islice(image_bytes, part.num_rows)) if reads else None
         decoding = [decoder.submit(images.decode_rgb, image) for image in data or ()] if "pixels" in reads else None
         yield _Block(stop, part["uid"].to_pylist(), data, decoding, place)
         start = stop

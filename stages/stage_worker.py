@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.core import storage
+from pipeline.core import artifact, storage
 from pipeline.core.passes import Passes
 from pipeline.core.pool import Shard
 from stages.base import FACTS, LoadContext, Stage
-from stages.column_files import Column
+from stages.column_files import Column, file_path
 from stages.pool_blocks import blocks
 from stages.score_shard import LoadedStage, score_shard
 
@@ -86,5 +86,12 @@ class StageWorker:
         ]
 
     def process(self, shard: Shard) -> dict[str, Any]:
-        """Facts of one shard: see score_shard."""
-        return score_shard(self.pool_path, shard, self.stages, self.threads, self.within)
+        """Facts of one shard: see score_shard. `known` has the files that were there already, too."""
+        facts = score_shard(self.pool_path, shard, self.stages, self.threads, self.within)
+        for entry in self.stages:
+            path = file_path(entry.out_path, shard)
+            if (
+                entry.out_path not in facts["known"]
+            ):  # hashed here, as the driver would do it for one shard after another
+                facts["known"][entry.out_path] = {storage.name_of(path): artifact.file_entry(path)}
+        return facts

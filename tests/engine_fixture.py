@@ -1,17 +1,26 @@
-"""An engine without a cluster: what Executor asks of pipeline.core.engine, one item after the other in this process."""
+"""An engine without a cluster: what is asked of pipeline.core.engine, one item after the other in this process."""
 
 from __future__ import annotations
 
 from pipeline import execute, states
 from pipeline.core import log, storage
+from pipeline.core.machines import Machine
 from pipeline.steps import Plan
+
+HERE = Machine("10.0.0.1", {"CPU": 1.0}, {})
 
 
 class EngineHere:
-    """Runs functions and workers here and now."""
+    """Runs functions and workers here and now, whatever machines it is said to have."""
 
-    def check_fits(self, resources, place):
-        return None
+    def __init__(self, there=(HERE,), local=True):
+        self.there, self.local = list(there), local
+
+    def machines(self):
+        return self.there
+
+    def on_each_machine(self, function, *arguments):
+        return [(machine.name, function(*arguments)) for machine in self.there]
 
     def cpus_of_nodes(self):
         return [1]

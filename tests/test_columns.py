@@ -26,7 +26,7 @@ from stages.columns import placeholders
 from stages.columns.caption_stats import num_tokens
 from stages.columns.hashes import image_phash
 from stages.score_shard import LoadedStage
-from stages.stage_worker import StageJob, fit, fit_path
+from stages.stage_worker import StageJob, StageWorker, fit, fit_path
 from tests.duplicates_fixture import run_stage
 from tests.golden_fixture import check_golden, read_golden
 from tests.passes_fixture import passes_here
@@ -197,6 +197,20 @@ def test_written_files_come_with_their_digests(pool_path, tmp_path):
     facts, _ = score(pool_path, tmp_path, stages)
     assert sorted(facts["known"]) == sorted(f"{tmp_path}/{name}" for name in stages if name != "caption_stats")
     for path, files in facts["known"].items():
+        data = pathlib.Path(path, "00000.parquet").read_bytes()
+        assert files == {"00000.parquet": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
+
+
+def test_a_worker_tells_the_digests_of_files_that_were_there_too(pool_path, tmp_path):
+    shard = pool.load_shards(pool_path)[0]
+    jobs = [StageJob(stage, f"{tmp_path}/{name}") for name, stage in deterministic().items()]
+    first = StageWorker(pool_path, jobs[:1], "cpu", 1).process(shard)
+    both = StageWorker(pool_path, jobs[:2], "cpu", 1).process(shard)
+    again = StageWorker(pool_path, jobs[:2], "cpu", 1).process(shard)
+    assert both["known"] == again["known"]
+    assert both["known"][jobs[0].out_path] == first["known"][jobs[0].out_path]
+    assert again["seconds"] == {}
+    for path, files in again["known"].items():
         data = pathlib.Path(path, "00000.parquet").read_bytes()
         assert files == {"00000.parquet": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 

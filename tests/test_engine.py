@@ -13,6 +13,7 @@ from pipeline.core import pool
 from pipeline.core.config import Resources
 from pipeline.core.engine import Engine
 from pipeline.core.errors import NetworkDownError, StepError, WinnowError
+from pipeline.core.machines import Machine
 from pipeline.core.passes import Passes
 from stages import build_stage
 from stages.stage_worker import StageJob, StageWorker, fit, fit_path
@@ -54,6 +55,12 @@ def stumble_once(folder, number):
     if not mark.exists():
         mark.touch()
         raise OSError("a hiccup of the store")
+    return number
+
+
+def die(number):
+    if number == 1:
+        os.kill(os.getpid(), 9)
     return number
 
 
@@ -108,6 +115,43 @@ def test_an_exception_is_retried_and_a_killed_worker_too(engine, tmp_path):
     assert engine.map(stumble_once, items, names(4), Resources()) == [0, 1, 2, 3]
     assert engine.map(die_once, items, names(4), Resources()) == [0, 1, 2, 3]
     assert (tmp_path / "2.died").exists()
+
+
+def test_an_item_that_kills_its_worker_is_named_and_the_others_are_done(engine, monkeypatch):
+    told, done = [], []
+    monkeypatch.setattr(engine, "_on_retry", lambda name, cause: told.append((name, cause)))
+    with pytest.raises(StepError, match=r"1 of 4 failed: step/00001: its worker died"):
+        engine.map(die, [(n,) for n in range(4)], names(4), Resources(), lambda index, _: done.append(index))
+    assert sorted(done) == [0, 2, 3]
+    assert [name for name, _ in told] == ["step/00001"] * 2  # the third time it is named
+    assert all(cause.startswith("its worker died") for _, cause in told)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count"),
+    [
+        ({"cpus": 1}, 8),
+        ({"cpus": 0.1, "gpus": 0.1}, 20),
+        ({"cpus": 4, "gpus": 2}, 1),
+        ({"cpus": 16}, 0),
+        ({"cpus": 0, "gpus": 0}, 8),
+        ({"cpus": 0, "memory_gb": 5}, 3),
+        ({"labels": {"kind": "spot"}}, 8),
+        ({"labels": {"kind": "!spot"}}, 0),
+        ({"labels": {"kind": "in(a, spot)", "zone": "!in(a,b)"}}, 8),
+        ({"labels": {"zone": "c"}}, 0),
+    ],
+)
+def test_how_many_workers_a_machine_holds(wanted, count):
+    machine = Machine("a", {"CPU": 8.0, "GPU": 2.0, "memory": 15.5 * 2**30}, {"kind": "spot"})
+    assert machine.holds(Resources(**wanted)) == count
+
+
+def test_every_machine_answers_or_says_why(engine):
+    ((name, found),) = engine.on_each_machine(square, 7)
+    assert (name, found) == (engine.machines()[0].name, 49)
+    ((_, error),) = engine.on_each_machine(fail_at, 1)
+    assert isinstance(error, WinnowError) and str(error) == "bad input 1"
 
 
 def test_actors_load_once_and_a_killed_one_is_replaced(engine, tmp_path):

@@ -1,7 +1,7 @@
 """What a run says while it works: a live line per step in a terminal, plain lines otherwise, and log.jsonl always.
 
-One logger, `winnow`. Events (a step's start, progress and end) go to the screen and, as JSON lines, to the run's
-log.jsonl. A plain line looks like
+One logger, `winnow`. Events (a step's start, progress and end, items that are done again, tracebacks) go to the screen
+and, as JSON lines, to the run's log.jsonl. A plain line looks like
 
     clip  412/1288 shards  32%  5.1k samples/s  failed 3 (2 truncated_tar, 1 undecodable)  eta 12m
 """
@@ -11,20 +11,24 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import re
 import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.core import storage
-from pipeline.core.errors import without_secrets
+from pipeline.core.errors import one_line, without_secrets
 
 logger = logging.getLogger("winnow")
 PLAIN_LINE_EVERY_S = 10.0
 NAMED_REASONS = 4  # of failures, in a live line
+STORE_EVERY_S = 60.0  # between the ends of steps, where the log is on an object store
+STORE_GROWTH = 1.05  # and it has grown by so much: all that is written is then a small multiple of the log
 
 
 def setup() -> None:
@@ -71,15 +75,37 @@ class _Running:
     task_id: Any = None
     last_line_s: float = 0
 
+    def counts(self) -> dict[str, Any]:
+        """What an event says of how far a step is."""
+        return {"done": self.done, "total": self.total, "samples": self.samples, "failed": self.failed}
+
+
+class Meter(Protocol):
+    """Who counts what is done for somebody else: the engine, for Ray's metrics."""
+
+    def count(self, step: str, unit: str, units: float, samples: int, failed: Mapping[str, int]) -> None: ...
+
+    def running(self, step: str, on: bool) -> None: ...
+
 
 class Progress:
-    """The run's screen and log file; methods may be called from any thread."""
+    """The run's screen and log file; methods may be called from any thread.
+
+    `units` are those done so far of all steps, by unit; `retries` the items that were done again, by cause; `meter` is
+    told of everything that is done.
+    """
 
     def __init__(self, log_path: str | None = None):
+        self.units: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
+        self.meter: Meter | None = None
         self._log_path = log_path
         self._events: list[str] = []
+        self._stored = 0  # how many of them are on the object store, and since when
+        self._stored_s = time.monotonic()
         self._running: dict[str, _Running] = {}
         self._lock = threading.RLock()
+        self._warned = False  # that the log can't be written
         self._live = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -97,6 +123,8 @@ class Progress:
             if self._live:
                 running.task_id = self._live.add_task(step, total=max(total, 1), text="")
             self._running[step] = running
+            if self.meter:
+                self.meter.running(step, True)
             self.event("start", step=step, total=total, unit=unit)
 
     def advance(
@@ -112,12 +140,16 @@ class Progress:
             running.note = note
             for reason, count in (failed or {}).items():
                 running.failed[reason] = running.failed.get(reason, 0) + count
+            self.units[running.unit] += units  # type: ignore[assignment]  # whole ones, whatever their type
+            if self.meter:
+                self.meter.count(step, running.unit, units, samples, failed or {})
             if self._live:
                 self._live.update(running.task_id, completed=running.done, text=self._text(running))
-            elif time.monotonic() - running.last_line_s >= PLAIN_LINE_EVERY_S:
+            if time.monotonic() - running.last_line_s >= PLAIN_LINE_EVERY_S:
                 running.last_line_s = time.monotonic()
-                logger.info("%s  %s", step, self._text(running))
-                self.event("progress", step=step, done=running.done, total=running.total, samples=running.samples)
+                if not self._live:
+                    logger.info("%s  %s", step, self._text(running))
+                self.event("progress", step=step, **running.counts())
 
     def end(self, step: str, summary: str = "") -> None:
         """None; the step is over, `summary` says how it ended."""
@@ -126,11 +158,29 @@ class Progress:
             seconds = time.monotonic() - running.started_s if running else 0.0
             if running and self._live:
                 self._live.remove_task(running.task_id)
+            if running and self.meter:
+                self.meter.running(step, False)
             rate = ""
             if running and running.samples and seconds > 0:
                 rate = f"  {short_count(running.samples)} samples, {short_count(running.samples / seconds)}/s"
             self.say(f"{step}  {summary or 'done'}  {seconds:.1f}s{rate}")
-            self.event("end", step=step, summary=summary, seconds=round(seconds, 3))
+            counts = running.counts() if running and running.done else {}  # some steps count nothing
+            self.event("end", step=step, summary=summary, seconds=round(seconds, 3), **counts)
+
+    def drop(self, step: str) -> None:
+        """None; takes a step's line away, where it goes on under other names or what it was a part of has failed."""
+        with self._lock:
+            running = self._running.pop(step, None)
+            if running and self._live:
+                self._live.remove_task(running.task_id)
+            if running and self.meter:
+                self.meter.running(step, False)
+
+    def retry(self, item: str, cause: str) -> None:
+        """None; an item is done again; `cause` is one line, counted by what stands before its first colon or comma."""
+        with self._lock:
+            self.retries[re.split("[:,]", cause, maxsplit=1)[0]] += 1
+            self.event("retry", item=item, cause=cause)
 
     def say(self, text: str) -> None:
         """None; prints a line above the live ones, without secrets."""
@@ -150,17 +200,35 @@ class Progress:
                 return
             if storage.is_url(self._log_path):
                 self._events.append(line)
-                if kind in ("end", "run_end"):  # an object store can't append: the whole log again, now and then
-                    storage.write_bytes(self._log_path, ("\n".join(self._events) + "\n").encode())
-            else:
+                waited = time.monotonic() - self._stored_s >= STORE_EVERY_S
+                if kind == "end" or (waited and len(self._events) >= STORE_GROWTH * self._stored):
+                    self._store()
+                return
+            try:
                 with open(self._log_path, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
+            except OSError as error:  # a full disk ends the steps that write to it; what is logged must not
+                if not self._warned:
+                    self._warned = True
+                    logger.warning("warning: %s can't be written: %s", self._log_path, one_line(error))
 
     def close(self) -> None:
-        """None; gives the terminal back."""
+        """None; gives the terminal back, and stores what is not stored yet of the log."""
         if self._live:
             self._live.stop()
             self._live = None
+        with self._lock:
+            if len(self._events) > self._stored:
+                self._store()
+
+    def _store(self) -> None:
+        """None; an object store can't append: the whole log again."""
+        self._stored_s = time.monotonic()
+        try:
+            storage.write_bytes(self._log_path or "", ("\n".join(self._events) + "\n").encode())
+            self._stored = len(self._events)
+        except Exception as error:  # of whatever class: what is logged must not fail what is done
+            logger.warning("warning: %s was not written: %s", self._log_path, one_line(error))
 
     @staticmethod
     def _text(running: _Running) -> str:
