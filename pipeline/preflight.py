@@ -238,11 +238,15 @@ def _listed(found: Mapping[str, float]) -> str:
 def _too_little_disk(
     plan: Plan, names: Sequence[str], statuses: Mapping[str, Status], expected: Mapping[str, Estimate]
 ) -> list[str]:
-    """Only where there is not half of the room: an estimate may be wrong. Each step looks again before it starts."""
+    """Only where there is not half of the room: an estimate may be wrong. Each step looks again before it starts.
+
+    What a strategy will keep is not known before it has chosen, so train sets count only where it has.
+    """
     root = plan.config.root
     free = storage.free_bytes(root)
     if free is None:
         return []
+    names = [name for name in names if plan.steps[name].kind != "train_set" or statuses[name].state != "pending"]
     needed = sum(expected[name].written_bytes or 0 for name in names)
     needed += max((expected[name].passing_bytes for name in names), default=0)
     for name in names:
@@ -275,8 +279,7 @@ def _too_little_temporary(
         if machine.name not in free_bytes:
             continue
         wanted = {
-            name: expected[name].file_bytes
-            * min(machine.holds(request.resources), request.resources.workers or sys.maxsize)
+            name: _files_at_once(plan.steps[name], expected[name], machine, request)
             for name in names
             for request in needed[name]
         }
@@ -289,6 +292,14 @@ def _too_little_temporary(
             )
             lines.setdefault(line, []).append(machine.name)
     return [f"{_nodes(found)}: {line}" for line, found in lines.items()]
+
+
+def _files_at_once(step: Step, expected: Estimate, machine: Machine, request: Request) -> float:
+    """The bytes of the files that the workers of a step have in a machine's temporary folder at the same time."""
+    if step.kind == "checkpoint":  # one worker writes, whatever their number
+        return expected.file_bytes
+    workers = min(machine.holds(request.resources), request.resources.workers or sys.maxsize)
+    return min(expected.file_bytes * workers, expected.written_bytes or sys.maxsize)
 
 
 # What nodes say of themselves.
@@ -329,10 +340,12 @@ def _of_nodes(
         if machine is None or not runs(machine, names):
             continue  # it joined just now, or it is a head that runs nothing
         if not isinstance(answer, Report):
+            if reports and isinstance(answer, WinnowError):
+                continue  # it did not answer in time, others did: one of many may be about to go
             tell(f"it can't be asked about itself: {one_line(answer)}", node)
             continue
         for package, version in answer.versions.items():
-            if version != own.get(package):
+            if own.get(package) not in ("absent", version):
                 tell(
                     f"{package} {version}, expected {own.get(package)} as on the driver; use one image for all nodes",
                     node,

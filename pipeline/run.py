@@ -8,9 +8,11 @@ SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # `python pipeline/run.py` puts pipeline/ first on the path: our packages are found from the folder above it, and
@@ -18,7 +20,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path = [ROOT, *(path for path in sys.path if os.path.abspath(path or ".") not in (ROOT, f"{ROOT}/pipeline"))]
 
 from pipeline.core import config, log, storage  # noqa: E402
-from pipeline.core.errors import ConfigError, WinnowError, without_secrets  # noqa: E402
+from pipeline.core.errors import ConfigError, StoreError, WinnowError, without_secrets  # noqa: E402
 
 STOPPED = "stopped; the same command goes on where it stopped"
 DEMO = "uv run pipeline/run.py --config configs/demo.yaml"
@@ -90,7 +92,8 @@ def run(options: argparse.Namespace) -> int:
     chosen = [name for name in ("plan", "report", "clean", "until") if getattr(options, name)]
     if len(chosen) > 1 and chosen != ["plan", "until"]:
         raise ConfigError(f"--{chosen[0]} and --{chosen[1]}: expected one of them")
-    loaded = config.load(options.config, options.overrides)
+    with _nothing_started():
+        loaded = config.load(options.config, options.overrides)
 
     if options.report:
         from pipeline import report, runs
@@ -110,12 +113,13 @@ def run(options: argparse.Namespace) -> int:
 
     from pipeline import plan as planning
 
-    if loaded.report.beside:
-        from pipeline import report, runs
+    with _nothing_started():
+        if loaded.report.beside:
+            from pipeline import report, runs
 
-        loaded = runs.find_beside(loaded)
-        report.check_beside(loaded)
-    plan = planning.build(loaded, options.config, fetch_tasks=not options.plan, until=options.until)
+            loaded = runs.find_beside(loaded)
+            report.check_beside(loaded)
+        plan = planning.build(loaded, options.config, fetch_tasks=not options.plan, until=options.until)
     targets = planning.targets(plan, options.until)
     if options.plan:
         from pipeline import preflight
@@ -131,6 +135,15 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _stop)
     record = {None: runs.run_record, planning.STAGES: runs.stages_record}.get(options.until)
     return execute.run(plan, options.config, targets, record)
+
+
+@contextlib.contextmanager
+def _nothing_started() -> Iterator[None]:
+    """Makes what a store refuses an error of the config, which names it."""
+    try:
+        yield
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _stop(number: int, frame: object) -> None:

@@ -151,9 +151,9 @@ def test_files_for_an_object_store_must_fit_a_nodes_temporary_folder(tmp_path, m
     assert not problems(plan, Cluster(SMALL))
     monkeypatch.setattr(storage, "free_bytes", lambda path: None if storage.is_url(path) else 200_000_000)
     (line,) = problems(plan, Cluster(HEAD, SMALL, Machine("10.0.0.4", SMALL.resources, {})))
-    # 8 workers a node, each with a tar of half of the pool
+    # 8 workers a node, each with a tar of half of the pool, which has but two
     assert line.startswith(
-        "nodes 10.0.0.2, 10.0.0.4: 200 MB are free in its temporary folder, expected about 2.1 GB for the files that pool"
+        "nodes 10.0.0.2, 10.0.0.4: 200 MB are free in its temporary folder, expected about 530 MB for the files that pool"
     )
     assert not problems(plan_of(tmp_path, f"root={s3_url}/root"), Cluster(SMALL))
 

@@ -140,10 +140,13 @@ def is_hidden(name: str) -> bool:
 
 
 def check_sizes(path: str, record: Mapping[str, Any]) -> None:
-    """None. Raises WinnowError naming a file of a finished artifact that is gone, or has another size than then."""
+    """None. Raises WinnowError naming a file of a finished artifact that is gone, or has another size than then.
+
+    Files of measurements are passed over: another run that makes the same artifact may write its own.
+    """
     there = storage.list_sizes(path)
     for name, entry in record["files"].items():
-        if there.get(name) != entry["bytes"]:
+        if not entry.get("fact") and there.get(name) != entry["bytes"]:
             found = f"{there[name]:,} bytes" if name in there else "no file"
             raise WinnowError(
                 f"{path}/{name}: {found}, expected {entry['bytes']:,} bytes as when it was finished: remove {path}, "

@@ -238,7 +238,7 @@ class Engine:
         actors: dict[Any, _Seat] = {}
         running: dict[Any, tuple[Any, _Seat, int | None]] = {}  # ref -> (actor, .., its item, None while it starts)
         results: list[Any] = [None] * len(items)
-        lost_starts = 0
+        lost_starts, room, start_s = 0, len(items), 0.0  # how many actors the memory holds; no new one before
         looked_s = time.monotonic()
 
         def end(actor: Any) -> None:
@@ -250,6 +250,7 @@ class Engine:
                 most = resources.workers or max(1, self.places(resources)) + self.queued(resources)
                 starting = sum(not seat.node for seat in actors.values())
                 free = sum(max(0, seat.free) for seat in actors.values())
+                most = min(most, room) if time.monotonic() >= start_s else 0
                 while len(actors) < most and todo.ready() > free + starting * items_at_once:
                     actor = actor_class.remote(worker_class, arguments)
                     actors[actor] = _Seat()
@@ -272,9 +273,15 @@ class Engine:
                             todo.put_back(index, cause)
                         elif actor in actors:  # it could not load: the same for all, unless its machine was lost
                             lost_starts += not isinstance(cause, _MachineLostError)
-                            if not isinstance(cause, _WorkerLostError) or lost_starts > max(ATTEMPTS, most):
+                            is_final = isinstance(cause, WinnowError) and not cause.transient
+                            tries = max(ATTEMPTS, len(actors)) if isinstance(cause, _WorkerLostError) else ATTEMPTS
+                            if is_final or lost_starts >= tries:
                                 raise StepError(f"a worker did not start: {one_line(cause)}") from cause
-                        if isinstance(cause, _WorkerLostError):
+                            self._told(f"{todo.step}/start", cause)
+                            start_s = time.monotonic() + PAUSE_S * lost_starts
+                            if isinstance(cause, _OutOfMemoryError):
+                                room = max(1, len(actors) - 1)
+                        if index is None or isinstance(cause, _WorkerLostError):
                             end(actor)
                         seat.free += 1
                     else:
@@ -330,7 +337,8 @@ class Engine:
             kind = cause.kind if isinstance(cause, _WorkerLostError) else "exception"
             self._counters.retries.inc(1, {"step": _step_of(name), "cause": kind})
         if self._on_retry:
-            self._on_retry(name, one_line(cause))
+            is_ours = isinstance(cause, WinnowError) and not isinstance(cause, _WorkerLostError)
+            self._on_retry(name, (f"{type(cause).__name__}: " if is_ours else "") + one_line(cause))
 
 
 def post(board: Any, step: str, values: dict) -> None:
@@ -432,7 +440,8 @@ class _Todo:
         return bool(self._ready or self._paused)
 
     def pause_s(self) -> float:
-        """How long until an item is to be tried again."""
+        """How long until an item that pauses is to be tried again."""
+        self.ready()  # takes out those whose pause is over
         return self._paused[0][0] - time.monotonic() if self._paused else float("inf")
 
     def goes_on(self, is_busy: bool) -> bool:
@@ -446,7 +455,7 @@ class _Todo:
     def put_back(self, index: int, cause: BaseException) -> None:
         """None; the item was not done: it is tried again, after a pause, or it has failed."""
         is_lost = isinstance(cause, _MachineLostError)
-        counts, most = (self._losses, LOSSES) if is_lost else (self._tries, ATTEMPTS)
+        counts, most = (self._losses, LOSSES + 1) if is_lost else (self._tries, ATTEMPTS)
         counts[index] += 1
         is_final = isinstance(cause, WinnowError) and not cause.transient
         if is_final or counts[index] >= most:

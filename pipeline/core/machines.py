@@ -115,7 +115,7 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 class Report:
     """What a machine says of itself. `unreadable` is {path: why} of what it was asked to read and could not.
 
-    `num_cuda_devices` are those that torch sees; None: it was not asked.
+    `num_cuda_devices` are those that torch sees; None: it was not asked, or did not say.
     """
 
     versions: Mapping[str, str]
@@ -152,7 +152,7 @@ def _why_unreadable(path: str, expected: bytes | None = None) -> str:
         if expected is not None:
             return "" if storage.read_bytes(path) == expected else "it holds something else"
         if storage.is_url(path):
-            storage.read_range(path, 0, 1)
+            return "" if storage.exists(path) else "there is no such file"
         elif os.path.isdir(path):
             os.listdir(path)
         else:
@@ -172,13 +172,16 @@ def _why_unwritable(path: str) -> str:
     return ""
 
 
-def _num_cuda_devices() -> int:
-    """In a process of its own: Ray may hide the devices of those that asked for none, and a context takes memory."""
+def _num_cuda_devices() -> int | None:
+    """None where torch did not say.
+
+    In a process of its own: Ray may hide the devices of those that asked for none, and a context takes memory.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-c", "import torch; print('devices', torch.cuda.device_count())"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=CUDA_WITHIN_S)
     except (OSError, subprocess.SubprocessError):
-        return 0
+        return None
     found = re.search(r"^devices (\d+)$", done.stdout, re.MULTILINE)
-    return int(found.group(1)) if found else 0
+    return int(found.group(1)) if found else None
