@@ -306,6 +306,7 @@ def pool_writer_killed(run: Run) -> None:
     "worker",
     "SIGKILL while it loads a stage",
     lost="nothing: another worker is started",
+    again=".../start: its worker died",
     points=[Point("worker_killed_while_loading", "stages.stage_worker:StageWorker.__init__")],
 )
 def worker_killed_while_loading(run: Run) -> None:
@@ -969,6 +970,7 @@ def mounted(*options: str) -> None:
     "disk",
     "store",
     "the disk of a local root is full, in a stage (other programs' files)",
+    "...can't be written: No space left on device...",
     exit_code=1,
     lost="the shards in hand",
     points=[Point("disk_full", STAGE, "name='00003'")],
@@ -989,6 +991,7 @@ def disk_full(run: Run) -> None:
     "disk",
     "store",
     "a local root becomes read-only, in a stage",
+    "...can't be written: Read-only file system...",
     exit_code=1,
     lost="the shards in hand",
     points=[Point("root_read_only", STAGE, "name='00004'")],
