@@ -29,16 +29,16 @@ import sys
 import threading
 import time
 import traceback
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from tests.cluster_fixture import LocalCluster, free_port, ray_environment, wait_for  # noqa: E402
+from tests.cluster_fixture import LocalCluster, ray_environment  # noqa: E402
+from tests.servers import s3_server  # noqa: E402
 
 RECORD = "_artifact.json"
 TINY = "tests/tiny.yaml"
@@ -305,27 +305,6 @@ def differences(expected: Made, store: Store, prefix: str) -> list[str]:
     faults += [f"{len(stray)} files in no record: {', '.join(stray[:5])}"] if stray else []
     uploads = store.uploads(prefix)
     return faults + ([f"uploads that nobody ended: {', '.join(uploads[:5])}"] if uploads else [])
-
-
-@contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """The address of a real S3 server (moto) on loopback."""
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def answers() -> bool:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5).close()
-            return True
-        return False
-
-    try:
-        wait_for(answers, "the S3 server")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 def expected_of(config: str, settings: Sequence[str], folder: pathlib.Path) -> Made:

@@ -29,7 +29,6 @@ import json
 import os
 import pathlib
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -62,6 +61,7 @@ from stages import build_stage  # noqa: E402
 from stages.base import Batch  # noqa: E402
 from stages.ingest.shard_writer import ShardWriter  # noqa: E402
 from stages.stage_worker import StageJob, StageWorker  # noqa: E402
+from tests import servers  # noqa: E402
 from tests.engine_fixture import EngineHere  # noqa: E402
 
 EXPERIMENT = """
@@ -423,36 +423,21 @@ class RequestLog:
 
 
 @contextlib.contextmanager
-def s3_server(folder: str) -> Iterator[RequestLog]:
+def counted_store(folder: str) -> Iterator[RequestLog]:
     """A server on loopback with a bucket `winnow`; the environment's credentials and endpoint are its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     path = os.path.join(folder, "requests.log")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with open(path, "wb") as file:
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
-    address = f"http://127.0.0.1:{port}"
-    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_ENDPOINT_URL": address}
-    os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(address, timeout=1).close()
-                break
-            time.sleep(0.1)
+    with servers.s3_server(path) as address:
+        os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_ENDPOINT_URL": address}
+        os.environ |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
         fsspec.filesystem("s3").mkdir("winnow")
         yield RequestLog(path)
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 def requests(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """{step: {operation: [requests a shard, requests once]}}."""
     small, large = REQUEST_SHARDS
     counts: dict[str, dict[int, collections.Counter[str]]] = collections.defaultdict(dict)
-    with s3_server(folder) as asked:
+    with counted_store(folder) as asked:
         for shards in (small, large):
             plan = experiment(folder, f"s3://winnow/{shards}", shards, options.rows)
             for step in REQUEST_STEPS:

@@ -21,7 +21,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from tests.servers import free_port
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BIN = pathlib.Path(sys.executable).parent
@@ -51,13 +52,6 @@ AUTOSCALER_SETTINGS = {  # of the head, as Ray's own ray.cluster_utils.Autoscali
     "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
     "AUTOSCALER_UPDATE_INTERVAL_S": "1",
 }
-
-
-def free_port() -> int:
-    """A TCP port of loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def ray_environment(**more: str) -> dict[str, str]:

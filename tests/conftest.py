@@ -7,15 +7,12 @@ import json
 import os
 import pathlib
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 
-from tests import browser_fixture
+from tests import browser_fixture, servers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -82,35 +79,11 @@ def browser():
         yield started
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """The address of a real S3 server (moto) on loopback."""
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(address, timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            raise RuntimeError("the S3 test server did not start")
+    with servers.s3_server() as address:
         yield address
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 @pytest.fixture

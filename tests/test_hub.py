@@ -22,7 +22,8 @@ from eval import hub
 from eval.tasks import resolve_task, resolve_tasks, task_digest
 from pipeline.core import storage
 from pipeline.core.errors import ConfigError
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT
+from tests.servers import free_port
 
 OLD, NEW = "0a" * 20, "1b" * 20  # commits
 TASK = "djghosh/wds_birds_test"

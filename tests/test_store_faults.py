@@ -26,8 +26,9 @@ import pytest
 from pipeline import run
 from pipeline.core import patience, storage
 from pipeline.core.errors import StoreError, WinnowError
-from tests.conftest import ROOT, TINY, free_port
+from tests.conftest import ROOT, TINY
 from tests.s3_faults import Fault, FaultyStore
+from tests.servers import free_port
 
 BUCKET = "faults"
 URL = f"s3://{BUCKET}"

@@ -105,6 +105,7 @@ class Progress:
         self._stored_s = time.monotonic()
         self._running: dict[str, _Running] = {}
         self._lock = threading.RLock()
+        self._storing = threading.Lock()
         self._warned = False  # that the log can't be written
         self._live = None
         if sys.stderr.isatty():
@@ -125,7 +126,7 @@ class Progress:
             self._running[step] = running
             if self.meter:
                 self.meter.running(step, True)
-            self.event("start", step=step, total=total, unit=unit)
+        self.event("start", step=step, total=total, unit=unit)
 
     def advance(
         self, step: str, units: float = 1, samples: int = 0, failed: Mapping[str, int] | None = None, note: str = ""
@@ -145,11 +146,13 @@ class Progress:
                 self.meter.count(step, running.unit, units, samples, failed or {})
             if self._live:
                 self._live.update(running.task_id, completed=running.done, text=self._text(running))
-            if time.monotonic() - running.last_line_s >= PLAIN_LINE_EVERY_S:
-                running.last_line_s = time.monotonic()
-                if not self._live:
-                    logger.info("%s  %s", step, self._text(running))
-                self.event("progress", step=step, **running.counts())
+            if time.monotonic() - running.last_line_s < PLAIN_LINE_EVERY_S:
+                return
+            running.last_line_s = time.monotonic()
+            if not self._live:
+                logger.info("%s  %s", step, self._text(running))
+            counts = running.counts()
+        self.event("progress", step=step, **counts)
 
     def end(self, step: str, summary: str = "") -> None:
         """None; the step is over, `summary` says how it ended."""
@@ -165,7 +168,7 @@ class Progress:
                 rate = f"  {short_count(running.samples)} samples, {short_count(running.samples / seconds)}/s"
             self.say(f"{step}  {summary or 'done'}  {seconds:.1f}s{rate}")
             counts = running.counts() if running and running.done else {}  # some steps count nothing
-            self.event("end", step=step, summary=summary, seconds=round(seconds, 3), **counts)
+        self.event("end", step=step, summary=summary, seconds=round(seconds, 3), **counts)
 
     def drop(self, step: str) -> None:
         """None; takes a step's line away, where it goes on under other names or what it was a part of has failed."""
@@ -180,7 +183,7 @@ class Progress:
         """None; an item is done again; `cause` is one line, counted by what stands before its first colon or comma."""
         with self._lock:
             self.retries[re.split("[:,]", cause, maxsplit=1)[0]] += 1
-            self.event("retry", item=item, cause=cause)
+        self.event("retry", item=item, cause=cause)
 
     def say(self, text: str) -> None:
         """None; prints a line above the live ones, without secrets."""
@@ -195,15 +198,20 @@ class Progress:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": kind, **values}, ensure_ascii=False, default=str)
         line = without_secrets(line.encode("utf-8", "replace").decode())  # a file's name may be no Unicode
-        with self._lock:
-            if self._log_path is None:
-                return
-            if storage.is_url(self._log_path):
+        if self._log_path is None:
+            return
+        if storage.is_url(self._log_path):
+            with self._lock:
                 self._events.append(line)
                 waited = time.monotonic() - self._stored_s >= STORE_EVERY_S
-                if kind == "end" or (waited and len(self._events) >= STORE_GROWTH * self._stored):
+                is_due = kind == "end" or (waited and len(self._events) >= STORE_GROWTH * self._stored)
+            if is_due and self._storing.acquire(blocking=False):  # what another thread stores now has most of it
+                try:
                     self._store()
-                return
+                finally:
+                    self._storing.release()
+            return
+        with self._lock:
             try:
                 with open(self._log_path, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
@@ -217,16 +225,17 @@ class Progress:
         if self._live:
             self._live.stop()
             self._live = None
-        with self._lock:
+        with self._storing:
             if len(self._events) > self._stored:
                 self._store()
 
     def _store(self) -> None:
-        """None; an object store can't append: the whole log again."""
-        self._stored_s = time.monotonic()
+        """None; an object store can't append: the whole log again. Not under the lock: a store may take its time."""
+        with self._lock:
+            events, self._stored_s = list(self._events), time.monotonic()
         try:
-            storage.write_bytes(self._log_path or "", ("\n".join(self._events) + "\n").encode())
-            self._stored = len(self._events)
+            storage.write_bytes(self._log_path or "", ("\n".join(events) + "\n").encode())
+            self._stored = len(events)
         except Exception as error:  # of whatever class: what is logged must not fail what is done
             logger.warning("warning: %s was not written: %s", self._log_path, one_line(error))
 
