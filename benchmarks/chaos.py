@@ -12,7 +12,7 @@ machine without a cluster, the counts in their records are the same and add up, 
 lists and no upload that nobody ended, and no process outlives the cluster.
 
 A line a seed is printed and kept in FOLDER/outcomes.jsonl: the same command goes on where it was stopped. Of seeds that
-are not equal FOLDER/seedN.txt has the output and log.jsonl. Without --config, a tiny run that takes about a minute.
+are not equal FOLDER/seedN.txt has the output and log.jsonl. Without --config, a tiny run: two minutes a seed.
 """
 
 from __future__ import annotations

@@ -81,6 +81,7 @@ def test_queued_items_start_nodes_and_a_finished_map_lets_them_go(cluster, tmp_p
         job.kill()
 
 
+@pytest.mark.slow
 def test_a_run_on_nodes_that_come_and_go_gives_the_same_artifacts(cluster, winnow, finished, tmp_path):
     """Nothing is there at first; shards that wait start nodes, those of one stage the only type with its label."""
     root = tmp_path / "root"
