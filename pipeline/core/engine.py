@@ -238,7 +238,8 @@ class Engine:
         actors: dict[Any, _Seat] = {}
         running: dict[Any, tuple[Any, _Seat, int | None]] = {}  # ref -> (actor, .., its item, None while it starts)
         results: list[Any] = [None] * len(items)
-        lost_starts, room, start_s = 0, len(items), 0.0  # how many actors the memory holds; no new one before
+        # Starts that failed since one succeeded; the most actors there were, and may be; when one may start again.
+        lost_starts, peak, room, start_s = 0, 0, len(items), 0.0
         looked_s = time.monotonic()
 
         def end(actor: Any) -> None:
@@ -256,6 +257,7 @@ class Engine:
                     actors[actor] = _Seat()
                     running[actor.ready.remote()] = (actor, actors[actor], None)
                     starting += 1
+                peak = max(peak, len(actors))
                 while free > 0 and (index := todo.take()) is not None:
                     actor, seat = max(actors.items(), key=lambda entry: entry[1].free)  # the least busy one
                     seat.free -= 1
@@ -274,8 +276,9 @@ class Engine:
                         elif actor in actors:  # it could not load: the same for all, unless its machine was lost
                             lost_starts += not isinstance(cause, _MachineLostError)
                             is_final = isinstance(cause, WinnowError) and not cause.transient
-                            tries = max(ATTEMPTS, len(actors)) if isinstance(cause, _WorkerLostError) else ATTEMPTS
-                            if is_final or lost_starts >= tries:
+                            tries = max(ATTEMPTS, peak) if isinstance(cause, _WorkerLostError) else ATTEMPTS
+                            is_hopeless = lost_starts >= tries and not any(seat.node for seat in actors.values())
+                            if is_final or is_hopeless:
                                 raise StepError(f"a worker did not start: {one_line(cause)}") from cause
                             self._told(f"{todo.step}/start", cause)
                             start_s = time.monotonic() + PAUSE_S * lost_starts
