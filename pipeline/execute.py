@@ -324,7 +324,7 @@ class Executor:
             hours = seconds[job.out_path] / 3600  # in the stage itself; reading and decoding is shared
             facts = {"rows": sum(shard.rows for shard in shards), "device": _device(resources)}
             facts |= {"cpu_hours": hours * resources.cpus, "gpu_hours": hours * resources.gpus}
-            facts |= fit_facts
+            facts = fit_facts | facts  # a fit may count other rows
             self._finish(step, statuses, facts, started, file_notes=notes, known=known[job.out_path])
         self.progress.end(label)
         return {}
