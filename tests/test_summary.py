@@ -119,8 +119,9 @@ def test_a_finished_run_says_it_and_logs_it(finished):
     events = [json.loads(line) for line in log.read_text().splitlines()]
     end = events[-1]
     assert (end["event"], end["failures"], end["problems"]) == ("run_end", {}, [])
-    records = [json.loads(path.read_text()) for path in pathlib.Path(root).glob("*/_artifact.json")]
     steps = json.loads((log.parent / "plan.json").read_text())["steps"]  # some of them share an artifact
+    names = {step["artifact"] for step in steps.values()}
+    records = [json.loads(pathlib.Path(root, name, "_artifact.json").read_text()) for name in names]
     assert (end["made"], end["reused"], end["failed"]) == (len(records), len(steps) - len(records), 0)
     assert end["written_bytes"] == sum(entry["bytes"] for one in records for entry in one["files"].values())
     assert end["cpu_hours"] == pytest.approx(sum(one["facts"].get("cpu_hours", 0) for one in records))

@@ -240,6 +240,7 @@ def assert_went_on(folder, facts):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_trainings_that_each_take_the_whole_cluster_take_turns(cluster, train_set_path, tmp_path):
     """Neither holds a part of what the other waits for."""
     from concurrent.futures import ThreadPoolExecutor
@@ -257,6 +258,7 @@ def test_trainings_that_each_take_the_whole_cluster_take_turns(cluster, train_se
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_preempted_node_of_two_workers_saves_a_state_first(cluster, train_set_path, tmp_path):
     """Ray is told that it will go, and it goes: one worker ends what two began, with all that they did."""
     import ray
