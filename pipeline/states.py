@@ -42,10 +42,9 @@ class Status:
         return artifact.content_digest(self.record)
 
 
-Records = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
-def resolve(plan: Plan, known: dict[str, Status] | None = None, records: Records | None = None) -> dict[str, Status]:
+def resolve(
+    plan: Plan, known: dict[str, Status] | None = None, records: estimates.Records | None = None
+) -> dict[str, Status]:
     """The state of every step, by looking at what is finished below the root.
 
     Args:
@@ -148,7 +147,7 @@ def describe(plan: Plan, wanted: list[str]) -> tuple[str, dict[str, Status], dic
     A line a step: its state, estimates where it is to be done, its artifact, and why; then sums.
     """
     statuses = resolve(plan)
-    records: Records = {}
+    records: estimates.Records = {}
     if any(status.state == "todo" for status in statuses.values()):
         records = finished(plan.config.root)
         statuses = resolve(plan, statuses, records)

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core import images, pool, storage
+from pipeline.core import artifact, images, pool, storage
 from pipeline.core.errors import ImageError, WinnowError
 from pipeline.core.pool import Shard
 from stages.base import Batch, Stage
@@ -331,7 +331,7 @@ class _Writer:
     def close(self) -> dict[str, Any]:
         """{bytes, sha256} of the file, which is whole now but not yet under its name."""
         self.file.close()
-        return {"bytes": storage.size_bytes(self.temporary), "sha256": storage.sha256_file(self.temporary)}
+        return artifact.file_entry(self.temporary)
 
     def _keep(self, found: Mapping[str, Sequence], num_rows: int) -> None:
         adds = self.entry.stage.adds

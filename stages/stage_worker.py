@@ -90,8 +90,6 @@ class StageWorker:
         facts = score_shard(self.pool_path, shard, self.stages, self.threads, self.within)
         for entry in self.stages:
             path = file_path(entry.out_path, shard)
-            if (
-                entry.out_path not in facts["known"]
-            ):  # hashed here, as the driver would do it for one shard after another
+            if entry.out_path not in facts["known"]:  # the driver would hash one shard after another
                 facts["known"][entry.out_path] = {storage.name_of(path): artifact.file_entry(path)}
         return facts

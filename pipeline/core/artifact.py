@@ -111,7 +111,7 @@ def finish(
         known: {name: {bytes, sha256}} of files that were hashed when written; the others are read and hashed here.
     """
     known, notes, facts_only = known or {}, file_notes or {}, set(fact_files)
-    names = [name for name in remove_temporaries(artifact.path) if name != RECORD and not is_hidden(name)]
+    names = [name for name in remove_temporaries(artifact.path) if name != RECORD and not storage.is_hidden(name)]
     unknown = [name for name in names if name not in known]
     with ThreadPoolExecutor(READ_THREADS) as readers:
         paths = [storage.join(artifact.path, name) for name in unknown]
@@ -135,10 +135,6 @@ def finish(
     return record
 
 
-def is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
 def check_sizes(path: str, record: Mapping[str, Any]) -> None:
     """None. Raises WinnowError naming a file of a finished artifact that is gone, or has another size than then.
 
@@ -156,12 +152,8 @@ def check_sizes(path: str, record: Mapping[str, Any]) -> None:
 
 def file_entry(path: str) -> dict[str, Any]:
     """{bytes, sha256} of a file, as a record lists it."""
-    digest, num_bytes = hashlib.sha256(), 0
-    with storage.open_read(path) as file:
-        while chunk := file.read(storage.CHUNK_BYTES):
-            digest.update(chunk)
-            num_bytes += len(chunk)
-    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+    num_bytes, digest = storage.size_and_sha256(path)
+    return {"bytes": num_bytes, "sha256": digest}
 
 
 def remove_temporaries(path: str) -> list[str]:

@@ -88,9 +88,7 @@ class Engine:
 
     def machines(self) -> list[Machine]:
         """The nodes that are alive, in the order of their names."""
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        shared = Counter(node["NodeManagerAddress"] for node in nodes)
-        return sorted((_machine(node, shared) for node in nodes), key=lambda machine: machine.name)
+        return sorted(_alive_nodes().values(), key=lambda machine: machine.name)
 
     def places(self, resources: Resources) -> int:
         """How many workers with these resources the cluster holds now."""
@@ -112,14 +110,11 @@ class Engine:
 
         A node that is lost meanwhile is left out.
         """
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        shared = Counter(node["NodeManagerAddress"] for node in nodes)
         asked = []
-        for node in nodes:
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node_id, machine in _alive_nodes().items():
+            place = NodeAffinitySchedulingStrategy(node_id, soft=False)
             options = {"num_cpus": 0, "scheduling_strategy": place, "max_retries": ATTEMPTS}
-            name = _machine(node, shared).name
-            asked.append((name, node["NodeID"], ray.remote(function).options(**options).remote(*arguments)))
+            asked.append((machine.name, node_id, ray.remote(function).options(**options).remote(*arguments)))
         ray.wait([ref for _, _, ref in asked], num_returns=len(asked), timeout=ANSWER_WITHIN_S)
         found = []
         for name, node_id, ref in sorted(asked, key=lambda entry: entry[0]):
@@ -501,12 +496,6 @@ class _Counters:
                 counter.inc(amount, tags)
 
 
-def _machine(node: Mapping[str, Any], shared: Mapping[str, int]) -> Machine:
-    address = node["NodeManagerAddress"]
-    name = f"{address} ({node['NodeID'][:8]})" if shared[address] > 1 else address
-    return Machine(name, node["Resources"], node.get("Labels") or {})
-
-
 def _options(resources: Resources) -> dict[str, Any]:
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
     if resources.memory_gb is not None:
@@ -524,8 +513,16 @@ def _wanted(resources: Resources) -> str:
     return ", ".join([*parts, *(f"{key} {value}" for key, value in resources.labels.items())])
 
 
-def _alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def _alive_nodes() -> dict[str, Machine]:
+    """{id: machine} of the nodes that are alive; those at one address have a part of their ids in their names."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    shared = Counter(node["NodeManagerAddress"] for node in nodes)
+    found = {}
+    for node in nodes:
+        address, node_id = node["NodeManagerAddress"], node["NodeID"]
+        name = f"{address} ({node_id[:8]})" if shared[address] > 1 else address
+        found[node_id] = Machine(name, node["Resources"], node.get("Labels") or {})
+    return found
 
 
 def _cause(error: BaseException, node: str = "") -> BaseException:

@@ -62,6 +62,11 @@ def name_of(path: str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 
+def is_hidden(name: str) -> bool:
+    """True for files that systems leave behind (`.DS_Store`, `._photo.jpg`, `__MACOSX/`): nobody means them."""
+    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
+
+
 def _filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The store's filesystem, and the path as it knows it. Nothing is asked of the store."""
     # a listing kept from before another worker wrote is a file that is missing
@@ -415,11 +420,17 @@ def delete(path: str) -> None:
 
 def sha256_file(path: str) -> str:
     """The file's sha256 as 64 hex digits."""
-    digest = hashlib.sha256()
+    return size_and_sha256(path)[1]
+
+
+def size_and_sha256(path: str) -> tuple[int, str]:
+    """(bytes, sha256 as 64 hex digits) of the file, which is read once."""
+    digest, num_bytes = hashlib.sha256(), 0
     with open_read(path) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+            num_bytes += len(chunk)
+    return num_bytes, digest.hexdigest()
 
 
 def free_bytes(path: str) -> int | None:

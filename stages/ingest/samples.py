@@ -266,11 +266,6 @@ def extension(name: str) -> str:
     return last.lower() if dot and stem else ""
 
 
-def is_hidden(name: str) -> bool:
-    """True for files that systems leave behind (`.DS_Store`, `._photo.jpg`, `__MACOSX/`): no source means them."""
-    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
-
-
 def packed(sizes: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of runs of consecutive entries whose sizes sum to at most `most`; a larger entry stands alone."""
     start = stop = total = 0

@@ -38,7 +38,6 @@ from stages.ingest.samples import (
     Unit,
     UnreadableError,
     extension,
-    is_hidden,
 )
 from stages.ingest.tar_samples import TarExtra
 
@@ -361,7 +360,7 @@ def _listing(root: str, recursive: bool = True) -> dict[str, FileEntry]:
     files: dict[str, FileEntry] = {}
     if storage.is_url(root):
         for name, entry in storage.list_entries(root, recursive).items():
-            if not is_hidden(name):
+            if not storage.is_hidden(name):
                 files[name] = FileEntry(entry.size_bytes, entry.stamp)
         return files
 
@@ -373,7 +372,7 @@ def _listing(root: str, recursive: bool = True) -> dict[str, FileEntry]:
         for name in [*names, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]:
             path = os.path.join(folder, name)
             relative = os.path.relpath(path, root).replace(os.sep, "/")
-            if not is_hidden(relative):
+            if not storage.is_hidden(relative):
                 files[relative] = _entry(path, real_root)
         if not recursive:
             break

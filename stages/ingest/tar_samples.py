@@ -32,7 +32,6 @@ from stages.ingest.samples import (
     Watched,
     extension,
     file_text,
-    is_hidden,
     parse_json,
     with_caption,
     with_captions,
@@ -137,7 +136,7 @@ def _groups(members: Iterator[Member], end: TarEnd) -> Iterator[_Group]:
     for member in members:
         name = member.name.removeprefix("./")
         kind = extension(name)
-        if not kind or is_hidden(name):
+        if not kind or storage.is_hidden(name):
             continue
         key = name[: -len(kind) - 1]
         folder, _, base = key.rpartition("/")
