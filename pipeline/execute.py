@@ -122,13 +122,23 @@ class Executor:
             groups.setdefault(key, []).append(name)
         return list(groups.values())
 
+    def _label(self, names: list[str]) -> str:
+        """What steps that are done together are called: stages by all of their names, tasks by their checkpoint's."""
+        if len(names) == 1:
+            return names[0]
+        first = self.plan.steps[names[0]]
+        if first.kind != "results":
+            return "+".join(names)
+        is_part = (self._resources(first).workers or 1) > 1  # each worker has some of the tasks
+        return f"{names[0]}..." if is_part else names[0].rsplit("/", 1)[0]
+
     def _resources(self, step: Step) -> Resources:
         return self.plan.config.resources(step.resources)
 
     def _run_group(self, names: list[str], statuses: dict[str, Status]) -> dict[str, str]:
         """{step: cause} of the steps in the group that failed; a step is complete when its record is written."""
         steps = [self.plan.steps[name] for name in names]
-        label = names[0] if len(names) == 1 else _group_label(names)
+        label = self._label(names)
         started = time.monotonic()
         try:
             self._check_inputs(steps, statuses)
@@ -303,26 +313,30 @@ class Executor:
             self.progress.end(f"{label}/fit")
         self.progress.start(label, len(todo))
         known: dict[str, dict] = {job.out_path: {} for job in jobs}
+        rows = {shard.name: shard.rows for shard in shards}
+
+        names = list(todo)
 
         def on_done(index: int, done: Mapping[str, Any]) -> None:
             for out_path, spent in done["seconds"].items():
                 seconds[out_path] += spent
             for out_path, files in done["known"].items():
                 known[out_path] |= files
+            rows[names[index]] = done["rows"]
             self.progress.advance(label, 1, done["rows"])
 
         self.engine.map_on_actors(
             StageWorker,
             (pool_path, jobs, _device(resources), _threads(resources)),
             [(shard,) for shard in todo.values()],
-            [f"{label}/{name}" for name in todo],
+            [f"{label}/{name}" for name in names],
             resources,
             on_done,
         )
         notes = {f"{shard.name}.parquet": {"pool_shard": shard.digest} for shard in shards}
         for step, job in zip(steps, jobs, strict=True):
             hours = seconds[job.out_path] / 3600  # in the stage itself; reading and decoding is shared
-            facts = {"rows": sum(shard.rows for shard in shards), "device": _device(resources)}
+            facts = {"rows": sum(rows.values()), "device": _device(resources)}
             facts |= {"cpu_hours": hours * resources.cpus, "gpu_hours": hours * resources.gpus}
             facts = fit_facts | facts  # a fit may count other rows
             self._finish(step, statuses, facts, started, file_notes=notes, known=known[job.out_path])
@@ -452,7 +466,11 @@ class Executor:
         with self._watch.training(label, work.recipe.samples_seen, out_path, settings):
             if (resources.workers or 1) > 1:
                 arguments = (*arguments, resources, report, options)
-                facts = self.engine.map(remote.train_on_several, [arguments], [label], Resources(cpus=0))[0]
+                together = resources, resources.min_workers or resources.workers or 1
+                (facts,) = self.engine.map(
+                    remote.train_on_several, [arguments], [label], Resources(cpus=0), waits_for=together
+                )
+                self.engine.spend(facts["cpu_hours"], facts["gpu_hours"])
             else:
                 arguments = (*arguments, _device(resources), _threads(resources), report, options)
                 facts = self._one(label, remote.train_one, arguments, step)
@@ -588,8 +606,17 @@ def run(plan: Plan, config_path: str, targets: Sequence[str], record: runs.MakeR
             print(text, flush=True)
         done = {name: status for name in wanted if (status := outcome.statuses[name]).state == "done"}
         records = {name: status.record for name, status in done.items() if status.record}
-        made, seconds = executor.made if executor else set(), time.monotonic() - started
-        end = summary.summarise(plan.steps, records, made, outcome.failures, progress.units, progress.retries, seconds)
+        spent = summary.Spent(time.monotonic() - started, *((engine.cpu_hours, engine.gpu_hours) if engine else (0, 0)))
+        made = executor.made if executor else set()
+        end = summary.summarise(
+            {name: plan.steps[name] for name in wanted},
+            records,
+            made,
+            outcome.failures,
+            progress.units,
+            progress.retries,
+            spent,
+        )
         for line in [*end.lines(), *(f"FAILED  {step}: {cause}" for step, cause in outcome.failures.items())]:
             progress.say(line)
         progress.event("run_end", failures=outcome.failures, **end.to_json())
@@ -611,12 +638,6 @@ def _path(statuses: Mapping[str, Status], name: str) -> str:
 def _counts(rows: int, failed: Mapping[str, int]) -> str:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in failed.items())
     return f"{rows:,} rows = {rows - sum(failed.values()):,} ok" + (f" + failed: {reasons}" if reasons else "")
-
-
-def _group_label(names: Sequence[str]) -> str:
-    if all("/" in name for name in names):
-        return names[0].rsplit("/", 1)[0]
-    return "+".join(names)
 
 
 def _threads(resources: Resources) -> int:

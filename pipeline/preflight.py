@@ -127,11 +127,14 @@ def problems(
 
 
 def _check_root(root: str) -> None:
-    """None. Raises PreflightError for a local root that can't be written, as far as that is seen without writing."""
+    """None. Raises ConfigError for a root that can't be written; nothing stays there, nor is a folder made."""
+    if storage.is_url(root):
+        storage.check_writable(root, "root")
+        return
     folder = root
-    while not storage.is_url(root) and not os.path.exists(folder):
+    while not os.path.exists(folder):
         folder = os.path.dirname(folder)
-    if not storage.is_url(root) and not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
+    if not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
         raise PreflightError([f"root = {root}, expected a folder that can be written: {folder} is none"])
 
 

@@ -125,10 +125,7 @@ def run(options: argparse.Namespace) -> int:
         from pipeline import preflight
 
         return preflight.show(plan, targets)
-    try:
-        storage.check_writable(loaded.root, f"{options.config}: root")
-    except WinnowError as error:
-        raise ConfigError(str(error)) from error
+    storage.check_writable(loaded.root, f"{options.config}: root")
 
     from pipeline import execute, runs
 

@@ -3,11 +3,11 @@
 A pure function of records. What it prints:
 
     rows     240 = 235 ok + 5 failed (3 undecodable, 2 unsupported_format); references: 96 = 96 ok
-    steps    36 done now (22 shards, 9 tars, 8 tasks), 2 reused
+    steps    36 done now (22 shards, 9 tars, 8 tasks), 2 reused, 1 failed, 3 not done
     again    3 items (its machine was lost: 2, OSError: 1)
     written  4.1MB in 36 artifacts
     time     3m
-    compute  0.021 CPU-h and 0.4 GPU-h; not counted: pool, selection, train_set
+    compute  0.021 CPU-h and 0.4 GPU-h
 """
 
 from __future__ import annotations
@@ -25,6 +25,15 @@ NAMED = 5  # reasons, causes, ... in a line
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a run took. The hours are those for which the items that were finished in it held CPUs and GPUs."""
+
+    seconds: float
+    cpu_hours: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
 class Summary:
     """What became of a run. Counts of rows are of the pool and of the references, as {rows, ok_rows, failed}."""
 
@@ -33,13 +42,11 @@ class Summary:
     made: int  # steps that were finished in this run; the others that are done were reused
     reused: int
     failed: int
+    not_done: int  # as they need one that failed
     units: dict[str, float]  # finished shards, tars, ... of all steps, by unit
     retries: dict[str, int]  # items that were done again, by cause
     written_bytes: int  # the whole artifacts of the steps that were finished in this run
-    seconds: float
-    cpu_hours: float
-    gpu_hours: float
-    uncounted: list[str]  # kinds of finished steps whose records say no hours
+    spent: Spent
     problems: list[str]  # counts that do not reconcile
 
     def to_json(self) -> dict[str, Any]:
@@ -53,17 +60,19 @@ class Summary:
         units = ", ".join(f"{short_count(count)} {unit}" for unit, count in self.units.items())
         steps = f"{self.made} done now" + (f" ({units})" if units else "") + f", {self.reused} reused"
         retries = sum(self.retries.values())
-        hours = f"{self.cpu_hours:.3g} CPU-h" + (f" and {self.gpu_hours:.3g} GPU-h" if self.gpu_hours else "")
-        uncounted = f"; not counted: {', '.join(self.uncounted)}" if self.uncounted else ""
+        spent = self.spent
+        hours = f"{spent.cpu_hours:.3g} CPU-h" + (f" and {spent.gpu_hours:.3g} GPU-h" if spent.gpu_hours else "")
         table = {
             "rows": "; ".join(rows),
-            "steps": steps + (f", {self.failed} failed" if self.failed else ""),
+            "steps": steps
+            + (f", {self.failed} failed" if self.failed else "")
+            + (f", {self.not_done} not done" if self.not_done else ""),
             "again": f"{retries:,} item{'s' if retries > 1 else ''} ({_most(self.retries, '{name}: {count:,}')})"
             if retries
             else "",
             "written": f"{short_count(self.written_bytes)}B in {self.made} artifacts" if self.made else "",
-            "time": short_time(self.seconds),
-            "compute": hours + uncounted if self.made else "",
+            "time": short_time(spent.seconds),
+            "compute": hours if self.made else "",
         }
         lines = [f"{name:<7}  {text}" for name, text in table.items() if text]
         return lines + [f"ERROR    the counts do not reconcile: {problem}" for problem in self.problems]
@@ -76,7 +85,7 @@ def summarise(
     failed: Collection[str],
     units: Mapping[str, float],
     retries: Mapping[str, int],
-    seconds: float,
+    spent: Spent,
 ) -> Summary:
     """The summary of a run.
 
@@ -86,25 +95,22 @@ def summarise(
         made: the names of those that were finished in this run.
         failed: the names of those that failed.
         units, retries: see pipeline.core.log.Progress.
-        seconds: how long the run took.
+        spent: what the run took.
     """
     pool = [record for name, record in records.items() if name == "pool"]  # `download: false`: of the kind `urls`
     references = [record for name, record in records.items() if name != "pool" and steps[name].kind == "pool"]
     now = {name: records[name] for name in records if name in made}
-    facts = [record["facts"] for record in now.values()]
     return Summary(
         pool=_counts(pool),
         references=_counts(references),
         made=len(now),
         reused=len(records) - len(now),
         failed=len(failed),
+        not_done=len(steps.keys() - records.keys() - set(failed)),
         units=dict(units),
         retries=dict(retries),
         written_bytes=sum(entry["bytes"] for record in now.values() for entry in record["files"].values()),
-        seconds=seconds,
-        cpu_hours=sum(one.get("cpu_hours", 0.0) for one in facts),
-        gpu_hours=sum(one.get("gpu_hours", 0.0) for one in facts),
-        uncounted=sorted({record["kind"] for record in now.values() if "cpu_hours" not in record["facts"]}),
+        spent=spent,
         problems=list(_problems(steps, records)),
     )
 

@@ -1,4 +1,4 @@
-"""What is seen of trainings and downloads while they run: their lines on the screen, alarms, and trackers.
+"""What is seen of workers while they work: the lines of trainings and downloads, alarms, warnings, and trackers.
 
 Workers post their newest numbers on the engine's board, which is looked at every second. Trackers get what is in a
 training's metrics.jsonl, which is whole: the board may have missed a line, and a training that goes on after a kill has
@@ -21,10 +21,11 @@ from pipeline.core.training_metrics import METRICS_FILE
 
 LOOK_EVERY_S = 1.0
 READ_EVERY_S = 10.0  # the metrics, which are written about as often
+WARN_EVERY_S = 60.0  # of one kind of warning
 
 
 class Watch:
-    """The trainings and downloads that are under way, watched by a thread of its own from start() to stop()."""
+    """What workers post, looked at by a thread of its own from start() to stop()."""
 
     def __init__(
         self,
@@ -40,14 +41,17 @@ class Watch:
         self._over = threading.Event()
         self._trainings: dict[str, _Training] = {}
         self._downloads: dict[str, dict[str, Mapping[str, Any]]] = {}  # what each worker posted last
+        self._warned: dict[str, tuple[float, int]] = {}  # kind of warning -> (when it was said, how many there were)
+        self._looking = threading.Lock()
 
     def start(self) -> None:
         """None; begins to look."""
-        threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._keep_looking, daemon=True).start()
 
     def stop(self) -> None:
-        """None; looks no more."""
+        """None; looks a last time, and no more."""
         self._over.set()
+        self._look(is_last=True)
 
     @contextlib.contextmanager
     def training(self, label: str, samples_seen: int, out_path: str, settings: Mapping[str, Any]) -> Iterator[None]:
@@ -63,6 +67,7 @@ class Watch:
         try:
             yield
         finally:
+            self._look()
             self._trainings.pop(label)
             watched.end()
 
@@ -73,22 +78,39 @@ class Watch:
         try:
             yield
         finally:
+            self._look()
             self._downloads.pop(label)
 
-    def _look(self) -> None:
+    def _keep_looking(self) -> None:
         while not self._over.wait(LOOK_EVERY_S):
-            if not self._trainings and not self._downloads:
-                continue
+            self._look()
+
+    def _look(self, is_last: bool = False) -> None:
+        with self._looking:
             try:
-                posted = self._engine.posted()
+                posted = self._engine.posted() if self._trainings or self._downloads else {}
+                warned = self._engine.warned()
             except Exception as error:  # the board is a convenience: without it a run is only less talkative
                 log.logger.debug("no progress to show: %s", error)
-                continue
+                return
             for label, before in list(self._downloads.items()):
                 self._show_download(label, posted, before)
             for label, watched in list(self._trainings.items()):
                 if label in posted:
                     watched.show(posted[label])
+            for kind, (count, text) in warned.items():
+                self._show_warning(kind, count, text, is_last)
+
+    def _show_warning(self, kind: str, count: int, text: str, is_last: bool) -> None:
+        """None; says the newest of a kind of warnings, at once the first time, and then now and then."""
+        said_s, before = self._warned.get(kind, (0.0, 0))
+        now_s = time.monotonic()
+        if count == before or (before and not is_last and now_s - said_s < WARN_EVERY_S):
+            return
+        self._warned[kind] = (now_s, count)
+        self._progress.event("warning", at=kind, count=count, text=text)
+        more = f" ({count - before:,} such warnings since the last one)" if before else ""
+        self._progress.say(f"warning: from a worker: {text}{more}")
 
     def _show_download(self, label: str, posted: Mapping[str, Mapping], seen: dict[str, Mapping[str, Any]]) -> None:
         """None; advances the download's line by what its workers posted since it was last looked at."""
@@ -140,12 +162,9 @@ class _Training:
                 return
             self._warn(values)
             if self._seen is None:  # it may have waited for a place, or goes on from a saved step
-                self._seen = values["samples_seen"]
+                self._seen = values["from_samples"]
                 self._progress.start(self._label, self._total - self._seen, "samples")
-            elif values["samples_seen"] > self._seen:
-                new = values["samples_seen"] - self._seen
-                self._seen = values["samples_seen"]
-                self._progress.advance(self._label, new, new, note=note(values))
+            self._advance(values)
             if (self._waiting or self._trackers) and time.monotonic() - self._read_s > READ_EVERY_S:
                 self._track(self._lines())
 
@@ -156,9 +175,17 @@ class _Training:
             lines = self._lines()
             for line in lines:
                 self._warn(line)
+            if lines and self._seen is not None:
+                self._advance(lines[-1])
             self._track(lines)
             for name, tracker in list(self._trackers.items()):
                 self._try(name, tracker.close)
+
+    def _advance(self, line: Mapping[str, Any]) -> None:
+        new = line["samples_seen"] - (self._seen or 0)
+        if new > 0:  # less where the training went on from an earlier state
+            self._seen = line["samples_seen"]
+            self._progress.advance(self._label, new, new, note=note(line))
 
     def _warn(self, line: Mapping[str, Any]) -> None:
         alarm = line.get("alarm")

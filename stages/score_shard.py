@@ -70,9 +70,9 @@ def score_shard(
         WinnowError: an image that decoded when the pool was made does not now, or a stage breaks its contract.
     """
     pending = [entry for entry in stages if not is_current(entry.out_path, shard)]
-    facts: dict[str, Any] = {"rows": shard.rows, "ok_rows": 0, "image_bytes": 0, "seconds": {}, "known": {}}
+    facts: dict[str, Any] = {"rows": 0, "ok_rows": 0, "image_bytes": 0, "seconds": {}, "known": {}}
     if not pending:
-        return facts
+        return facts | {"rows": shard.rows}
     facts["seconds"] = {entry.out_path: 0.0 for entry in pending}
     chosen = None if within is None else chosen_rows(within, shard)
     with contextlib.ExitStack() as stack:
@@ -81,6 +81,7 @@ def score_shard(
         for group in _groups(stack, pool_path, shard, pending):
             ok = group.rows["ok"].to_numpy()
             ok_rows = np.flatnonzero(ok if chosen is None else ok & chosen[group.first_row :][: len(ok)])
+            facts["rows"] += len(ok)
             facts["ok_rows"] += len(ok_rows)
             _score_group(pool_path, shard, group, ok_rows, writers, decoder, facts)
             for writer in writers:

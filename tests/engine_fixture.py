@@ -15,6 +15,7 @@ class EngineHere:
 
     def __init__(self, there=(HERE,), local=True):
         self.there, self.local = list(there), local
+        self.cpu_hours = self.gpu_hours = 0.0
 
     def machines(self):
         return self.there
@@ -34,7 +35,10 @@ class EngineHere:
     def posted(self):
         return {}
 
-    def map(self, function, items, names, resources, on_done=None):
+    def warned(self):
+        return {}
+
+    def map(self, function, items, names, resources, on_done=None, waits_for=None):
         results = []
         for index, item in enumerate(items):
             results.append(function(*item))

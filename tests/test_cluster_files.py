@@ -7,6 +7,7 @@ of it as Ray's autoscaler reads it. ray_up.yaml: Ray's schema. grafana.json: the
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pathlib
 import re
@@ -261,6 +262,27 @@ def test_the_commands_are_ones_that_winnow_takes():
         options = run.parser().parse_args(arguments)
         loaded = config.load(str(ROOT / options.config), options.overrides)
         assert loaded.root.startswith("s3://")
+
+
+def test_the_image_has_what_the_stages_of_the_commands_need(monkeypatch):
+    """A stage without its package fails the run, and a failed RayJob makes a new cluster."""
+    import importlib.util
+
+    from pipeline.core import config
+    from stages import build_stage
+
+    sync = next(words for name, words in instructions() if name == "RUN" and "sync" in words)
+    extras = {word for before, word in itertools.pairwise(sync) if before == "--extra"}
+    modules = {"gcld3": "cld3", "rensa": "rensa"}  # that are in an extra of pyproject.toml, which `dev` has as well
+    assert set(modules.values()) <= set(re.findall(r"(?m)^(\w+) = \[\"", PROJECT))
+    missing = {module for module, extra in modules.items() if extra not in extras}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
+    for _, (_, *arguments) in commands():
+        name = arguments[arguments.index("--config") + 1]
+        named = [entry for entry in config.load(str(ROOT / name)).stages if isinstance(entry, str)]  # need no assets
+        stages = [build_stage(entry, {}, name) for entry in named]
+        assert stages and not any(stage.unavailable() for stage in stages)
 
 
 def test_the_job_runs_in_the_folder_that_the_image_has(documents):

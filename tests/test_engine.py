@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pathlib
 import time
@@ -9,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from pipeline.core import engine as engines
 from pipeline.core import pool
 from pipeline.core.config import Resources
 from pipeline.core.engine import Engine
@@ -56,6 +58,16 @@ def stumble_once(folder, number):
         mark.touch()
         raise OSError("a hiccup of the store")
     return number
+
+
+def warn(number):
+    logging.getLogger("winnow").warning("shard %d is slow", number)
+    logging.getLogger("winnow").info("shard %d", number)
+    return number
+
+
+class Warner:
+    process = staticmethod(warn)
 
 
 def die(number):
@@ -125,6 +137,43 @@ def test_an_item_that_kills_its_worker_is_named_and_the_others_are_done(engine, 
     assert sorted(done) == [0, 2, 3]
     assert [name for name, _ in told] == ["step/00001"] * 2  # the third time it is named
     assert all(cause.startswith("its worker died") for _, cause in told)
+
+
+def test_warnings_of_workers_reach_the_driver_by_kind(engine):
+    engine.map(warn, [(n,) for n in range(3)], names(3), Resources())
+    engine.map_on_actors(Warner, (), [(n,) for n in range(3)], names(3), Resources())
+    found, deadline_s = [], time.monotonic() + 20
+    while sum(count for count, _ in found) < 6 and time.monotonic() < deadline_s:  # they come when they come
+        time.sleep(0.1)
+        found = [entry for entry in engine.warned().values() if "shard" in entry[1]]
+    ((count, text),) = found
+    assert count == 6 and text in {f"shard {n} is slow" for n in range(3)}
+
+
+def test_what_items_held_is_counted(engine):
+    cpu_hours, gpu_hours = engine.cpu_hours, engine.gpu_hours
+    engine.map(time.sleep, [(0.2,), (0.3,)], names(2), Resources(cpus=0.5))
+    assert 0.25 <= 3600 * (engine.cpu_hours - cpu_hours) < 1 and engine.gpu_hours == gpu_hours
+    engine.spend(1.0, 2.0)
+    assert engine.gpu_hours == gpu_hours + 2
+
+
+@pytest.mark.parametrize(
+    "waits_for, said",
+    [
+        (None, []),
+        ((Resources(cpus=0.25), 2), []),
+        ((Resources(cpus=999), 2), ["step  waits for room for 2 workers with 999 CPUs each, and there is for 0"]),
+        ((Resources(labels={"m": "spot"}), 1), ["step  waits for a machine with 1 CPU, m spot, and there is none"]),
+    ],
+)
+def test_an_item_that_waits_for_workers_in_vain_says_so_once(engine, monkeypatch, waits_for, said):
+    heard = []
+    monkeypatch.setattr(engines, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(engines, "LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(engine, "_say", heard.append)
+    engine.map(time.sleep, [(1.5,)], names(1), Resources(cpus=0), waits_for=waits_for)
+    assert heard == said
 
 
 @pytest.mark.parametrize(

@@ -30,12 +30,15 @@ class Board:
     """What workers posted last."""
 
     def __init__(self):
-        self.values = {}
+        self.values, self.warnings = {}, {}
         self.looked = threading.Event()
 
     def posted(self):
         self.looked.set()
         return dict(self.values)
+
+    def warned(self):
+        return dict(self.warnings)
 
 
 def look_again(board: Board) -> None:
@@ -69,12 +72,14 @@ def test_an_alarm_is_said_once_though_every_line_has_it(watched, tmp_path):
     board, watching = watched
     with watching.training(LABEL, 320, str(tmp_path / "none"), {}):
         for step in (1, 2, 3):
-            board.values[LABEL] = line(step, alarm=STUCK if step > 1 else None)
+            board.values[LABEL] = line(step, alarm=STUCK if step > 1 else None, from_samples=32)
             look_again(board)
     alarms = [event for event in events(tmp_path) if event["event"] == "alarm"]
     assert [(event["step"], event["text"]) for event in alarms] == [(LABEL, STUCK)]
     starts = [event for event in events(tmp_path) if event["event"] == "start"]
-    assert [(event["step"], event["total"]) for event in starts] == [(LABEL, 320 - 32)]  # one line was done before
+    assert [(event["step"], event["total"]) for event in starts] == [
+        (LABEL, 320 - 32)
+    ]  # one line was done in an earlier attempt
 
 
 def test_an_alarm_that_the_board_missed_is_in_the_metrics(watched, tmp_path):
@@ -126,7 +131,7 @@ def test_tensorboard_gets_every_line_once(tmp_path, monkeypatch):
     with watching.training(LABEL, 320, str(tmp_path), {}):
         for count in (3, 4, 6):  # the first three are there at once: the training went on from step 2
             metrics.write_text("".join(lines[:count]))
-            board.values[LABEL] = line(count)
+            board.values[LABEL] = line(count, from_samples=64)
             look_again(board)
         assert len(scalars(events_path)["loss"]) >= 4
         metrics.write_text("".join(lines))

@@ -37,7 +37,7 @@ def train_on_ray(
     """Facts of the finished training on several workers, each with its cpus and at most one GPU. Ray is set up.
 
     Args:
-        report: called by rank 0, in its process, with each line of the metrics; must pickle.
+        report: as of training.loop.train; called in rank 0's process, so it must pickle.
         options: further keywords of training.loop.train.
 
     Raises:

@@ -9,6 +9,7 @@ collected and named: nothing is dropped.
 from __future__ import annotations
 
 import heapq
+import logging
 import os
 import random
 import signal
@@ -31,6 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.core.config import Resources, in_job
 from pipeline.core.errors import NetworkDownError, StepError, WinnowError, one_line
 from pipeline.core.machines import Machine, cluster_is_there
+from pipeline.core.passes import timed
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 ATTEMPTS = 3  # of one item, counting exceptions and workers that died by themselves
@@ -85,6 +87,8 @@ class Engine:
         self._board = board.remote()
         self._counters = None if self.local else _Counters()  # without a dashboard nobody could see them
         self._machines: tuple[float, list[Machine]] = (0.0, [])
+        self.cpu_hours = self.gpu_hours = 0.0  # that the finished items held
+        self._spending = threading.Lock()
 
     def machines(self) -> list[Machine]:
         """The nodes that are alive, in the order of their names."""
@@ -139,7 +143,17 @@ class Engine:
 
     def posted(self) -> dict[str, dict]:
         """The newest progress that remote functions posted, by step name."""
-        return ray.get(self._board.snapshot.remote(), timeout=30)
+        return ray.get(self._board.snapshot.remote(), timeout=10)
+
+    def warned(self) -> dict[str, tuple[int, str]]:
+        """{what is the same for warnings of one kind: (how many workers gave so far, the newest)}."""
+        return ray.get(self._board.warned.remote(), timeout=10)
+
+    def spend(self, cpu_hours: float, gpu_hours: float) -> None:
+        """None; adds what workers held that were not started here."""
+        with self._spending:
+            self.cpu_hours += cpu_hours
+            self.gpu_hours += gpu_hours
 
     def count(self, step: str, unit: str, units: float, samples: int, failed: Mapping[str, int]) -> None:
         """None; adds to the counters of Ray's metrics: finished units, their samples, failed rows by reason."""
@@ -166,17 +180,19 @@ class Engine:
         names: Sequence[str],
         resources: Resources,
         on_done: Callable[[int, Any], None] | None = None,
+        waits_for: tuple[Resources, int] | None = None,
     ) -> list[Any]:
         """function(*item) of every item, in the items' order, computed in Ray tasks.
 
         Args:
             names: what each item is called in messages and in Ray's dashboard (`clip/00003`).
             on_done: called in this thread with (index, result) as results arrive, in any order.
+            waits_for: (resources of each, how many together) of the workers that an item starts itself.
 
         Raises:
             StepError: items that failed after their retries, by name and cause.
         """
-        remote = ray.remote(function)
+        remote = ray.remote(_call)
         options = _options(resources) | {"max_retries": 0, "retry_exceptions": False}  # that is decided here
         todo = _Todo(names, self._told)
         running: dict[Any, int] = {}
@@ -185,15 +201,16 @@ class Engine:
             while todo.goes_on(bool(running)):
                 window = resources.workers or max(4, 4 * self.places(resources)) + self.queued(resources)
                 while len(running) < window and (index := todo.take()) is not None:
-                    ref = remote.options(name=names[index], **options).remote(*items[index])
+                    ref = remote.options(name=names[index], **options).remote(self._board, function, items[index])
                     running[ref] = index
-                for ref in self._wait(running, todo, resources):
+                for ref in self._wait(running, todo, *(waits_for or (resources, 1))):
                     index = running.pop(ref)
                     try:
-                        results[index] = ray.get(ref)
+                        seconds, results[index] = ray.get(ref)
                     except Exception as error:  # the shard boundary: recorded, tried again or named
                         todo.put_back(index, _cause(error))
                         continue
+                    self._held(seconds, resources)
                     if on_done:
                         on_done(index, results[index])
         finally:
@@ -248,7 +265,7 @@ class Engine:
                 free = sum(max(0, seat.free) for seat in actors.values())
                 most = min(most, room) if time.monotonic() >= start_s else 0
                 while len(actors) < most and todo.ready() > free + starting * items_at_once:
-                    actor = actor_class.remote(worker_class, arguments)
+                    actor = actor_class.remote(self._board, worker_class, arguments)
                     actors[actor] = _Seat()
                     running[actor.ready.remote()] = (actor, actors[actor], None)
                     starting += 1
@@ -287,9 +304,10 @@ class Engine:
                             seat.node, seat.free, lost_starts = result, items_at_once, 0
                         else:
                             seat.free += 1
-                            results[index] = result
+                            seconds, results[index] = result
+                            self._held(seconds / items_at_once, resources)
                             if on_done:
-                                on_done(index, result)
+                                on_done(index, results[index])
                 if time.monotonic() - looked_s > LOOK_EVERY_S:
                     looked_s, leaving = time.monotonic(), leaving_machines()
                     for seat in actors.values():
@@ -306,8 +324,15 @@ class Engine:
         todo.raise_failures()
         return results
 
-    def _wait(self, running: Iterable[Any], todo: _Todo, resources: Resources) -> list[Any]:
-        """What is finished, at least one; [] when nothing is within LOOK_EVERY_S, or when an item's pause is over."""
+    def _held(self, seconds: float, resources: Resources) -> None:
+        self.spend(seconds / 3600 * resources.cpus, seconds / 3600 * resources.gpus)
+
+    def _wait(self, running: Iterable[Any], todo: _Todo, resources: Resources, together: int = 1) -> list[Any]:
+        """What is finished, at least one; [] when nothing is within LOOK_EVERY_S, or when an item's pause is over.
+
+        Args:
+            resources: of a worker, and how many are needed `together`: where they are not there, that is said.
+        """
         refs = list(running)
         deadline_s = time.monotonic() + min(LOOK_EVERY_S, todo.pause_s())
         while True:
@@ -325,9 +350,15 @@ class Engine:
             if time.monotonic() >= deadline_s:
                 break
         is_late = time.monotonic() - todo.moved_s > SAY_AFTER_S
-        if is_late and todo.waits_for_nothing and self._say and not self.places(resources):
+        if is_late and todo.waits_for_nothing and self._say and (places := self.places(resources)) < together:
             todo.waits_for_nothing = False
-            self._say(f"{todo.step}  waits for a machine with {_wanted(resources)}, and there is none")
+            wanted, step = _wanted(resources), todo.step
+            if together == 1:
+                self._say(f"{step}  waits for a machine with {wanted}, and there is none")
+            else:
+                self._say(
+                    f"{step}  waits for room for {together} workers with {wanted} each, and there is for {places}"
+                )
         return []
 
     def _told(self, name: str, cause: BaseException) -> None:
@@ -355,6 +386,7 @@ def leaving_machines() -> frozenset[str]:
 class _Board:
     def __init__(self) -> None:
         self._values: dict[str, dict] = {}
+        self._warnings: dict[str, tuple[int, str]] = {}
 
     def put(self, step: str, values: dict) -> None:
         self._values[step] = values
@@ -362,22 +394,56 @@ class _Board:
     def snapshot(self) -> dict[str, dict]:
         return self._values
 
+    def warn(self, kind: str, text: str) -> None:
+        self._warnings[kind] = (self._warnings.get(kind, (0, ""))[0] + 1, text)
+
+    def warned(self) -> dict[str, tuple[int, str]]:
+        return self._warnings
+
+
+class _ToBoard(logging.Handler):
+    """Takes a worker's warnings to the driver. Those of one line of code are of one kind."""
+
+    def __init__(self, board: Any):
+        super().__init__(logging.WARNING)
+        self._board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._board.warn.remote(f"{record.module}:{record.lineno}", record.getMessage())
+        except Exception:  # of whatever class; logging has one place for them
+            self.handleError(record)
+
+
+def _warn_on(board: Any) -> None:
+    logger = logging.getLogger("winnow")
+    if not any(isinstance(handler, _ToBoard) for handler in logger.handlers):
+        logger.addHandler(logging.StreamHandler())  # Ray's own log of the worker, as without any handler
+        logger.addHandler(_ToBoard(board))
+
+
+def _call(board: Any, function: Callable[..., Any], item: tuple) -> tuple[float, Any]:
+    """(seconds, function(*item)), on a worker."""
+    _warn_on(board)
+    return timed(function, *item)
+
 
 class _Actor:
     """Holds one worker. It is built in a method: from there its exceptions arrive as they were raised."""
 
-    def __init__(self, worker_class: type, arguments: tuple):
-        self._build = (worker_class, arguments)
+    def __init__(self, board: Any, worker_class: type, arguments: tuple):
+        self._board, self._build = board, (worker_class, arguments)
         self._worker: Any = None
 
     def ready(self) -> str:
         """The id of the node that it is on, once it has loaded."""
+        _warn_on(self._board)
         worker_class, arguments = self._build
         self._worker = worker_class(*arguments)
         return ray.get_runtime_context().get_node_id()
 
-    def process(self, item: tuple) -> Any:
-        return self._worker.process(*item)
+    def process(self, item: tuple) -> tuple[float, Any]:
+        return timed(self._worker.process, *item)
 
 
 @dataclass
@@ -508,7 +574,7 @@ def _options(resources: Resources) -> dict[str, Any]:
 def _wanted(resources: Resources) -> str:
     """`4 CPUs, 1 GPU, 16 GB, market-type spot`."""
     counts = ((resources.cpus, "CPU"), (resources.gpus, "GPU"))
-    parts = [f"{count:g} {name}{'' if count == 1 else 's'}" for count, name in counts if count]
+    parts = [f"{count:g} {name}{'' if count == 1 else 's'}" for count, name in counts if count] or ["any CPU"]
     parts += [f"{resources.memory_gb:g} GB"] if resources.memory_gb else []
     return ", ".join([*parts, *(f"{key} {value}" for key, value in resources.labels.items())])
 

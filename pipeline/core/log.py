@@ -29,6 +29,7 @@ PLAIN_LINE_EVERY_S = 10.0
 NAMED_REASONS = 4  # of failures, in a live line
 STORE_EVERY_S = 60.0  # between the ends of steps, where the log is on an object store
 STORE_GROWTH = 1.05  # and it has grown by so much: all that is written is then a small multiple of the log
+STORE_WITHIN_S = 600.0  # however little it has grown
 
 
 def setup() -> None:
@@ -164,7 +165,7 @@ class Progress:
             if running and self.meter:
                 self.meter.running(step, False)
             rate = ""
-            if running and running.samples and seconds > 0:
+            if running and running.samples and seconds >= 0.1:
                 rate = f"  {short_count(running.samples)} samples, {short_count(running.samples / seconds)}/s"
             self.say(f"{step}  {summary or 'done'}  {seconds:.1f}s{rate}")
             counts = running.counts() if running and running.done else {}  # some steps count nothing
@@ -203,8 +204,9 @@ class Progress:
         if storage.is_url(self._log_path):
             with self._lock:
                 self._events.append(line)
-                waited = time.monotonic() - self._stored_s >= STORE_EVERY_S
-                is_due = kind == "end" or (waited and len(self._events) >= STORE_GROWTH * self._stored)
+                waited_s = time.monotonic() - self._stored_s
+                has_grown = waited_s >= STORE_EVERY_S and len(self._events) >= STORE_GROWTH * self._stored
+                is_due = kind == "end" or has_grown or waited_s >= STORE_WITHIN_S
             if is_due and self._storing.acquire(blocking=False):  # what another thread stores now has most of it
                 try:
                     self._store()

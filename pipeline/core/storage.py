@@ -30,7 +30,7 @@ import fsspec
 from fsspec.utils import glob_translate
 
 from pipeline.core import patience
-from pipeline.core.errors import StoreError, WinnowError
+from pipeline.core.errors import ConfigError, StoreError, WinnowError
 
 CHUNK_BYTES = 8 << 20
 BUFFER_BYTES = 64 << 10
@@ -443,12 +443,12 @@ def free_bytes(path: str) -> int | None:
 
 
 def check_writable(path: str, place: str) -> None:
-    """None. Raises WinnowError naming `place` when nothing can be written below the folder."""
+    """None. Raises ConfigError naming `place` when nothing can be written below the folder; nothing stays there."""
     probe = join(path, f".winnow{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
     try:
         write_bytes(probe, b"")
         delete(probe)
     except StoreError as error:
-        raise WinnowError(f"{place} = {path}, expected a folder that can be written: {error.cause}") from error
+        raise ConfigError(f"{place} = {path}, expected a folder that can be written: {error.cause}") from error
     except OSError as error:
-        raise WinnowError(f"{place} = {path}, expected a folder that can be written: {error}") from error
+        raise ConfigError(f"{place} = {path}, expected a folder that can be written: {error}") from error
