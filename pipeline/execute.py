@@ -156,7 +156,8 @@ class Executor:
                 self.progress.drop(line)
             if len(steps) > 1 and not self.stopped.is_set():  # one of them is at fault: each for itself
                 return {step: cause for name in names for step, cause in self._run_group([name], statuses).items()}
-            bug = error if not isinstance(error, WinnowError) else error.__cause__
+            # Of a step's items it is told what they raised; every other error of ours says all in its line.
+            bug = error.__cause__ if isinstance(error, StepError) else error
             if bug is not None and not isinstance(bug, WinnowError):
                 trace = getattr(bug, "remote_traceback", None) or "".join(traceback.format_exception(bug))
                 self.progress.event("traceback", step=label, text=trace)

@@ -596,7 +596,7 @@ def node_frozen(run: Run) -> None:
     "nodes",
     "node",
     "SIGKILL to all nodes that can do work, in a stage; others come once the run says that it waits",
-    "caption_stats  waits for a machine with 1 CPU, and there is none",
+    "...  waits for a machine with 1 CPU, and there is none",
     again="caption_stats/00008: its machine was lost",
     lost="nothing: the shards in hand are done again",
     points=[Point("all_nodes_killed", STAGE, "name='00008'")],
@@ -1147,10 +1147,6 @@ What is done again is in the run's `log.jsonl` as it happens (`log:` below, with
 at the end: `again    11 items (its worker died: 9, MemoryError: 1, OSError: 1)`. `...` stands for what differs from run to run.
 The faults of downloads are in [download_faults.md](download_faults.md), those of single requests to a store in
 `tests/test_store_faults.py`. Made by `python -m tests.cluster_faults`, from the table that the tests hold to its word.
-
-Still to be seen in one go, row by row as written here: the scenes `nodes`, `head`, `driver`, `store` and `out_of_memory`, which were seen
-in parts; not seen at all were a node killed in a training and in an evaluation, `ray job stop`, two commands at once and a kill
-in the report.
 """
 
 
