@@ -68,8 +68,7 @@ def train(
         batch_size: the most pairs of one forward pass of a rank; gradients are cached above it (step.py).
         start: a model to start from, as clip_model.load takes it; None draws the weights.
         held_out_path: a pool that is not trained on, to watch recall on.
-        report: called by rank 0 as it begins, with {samples_seen, from_samples}, and then with each line of the metrics
-            and the `from_samples` of this attempt.
+        report: called by rank 0 with each line of the metrics, and the `from_samples` where this attempt began.
         checkpoint_every_s, checkpoint_every_steps: whichever comes first; neither changes the result.
         leaving: whether a machine of this training will soon go; asked by rank 0 about every second. While it says so,
             states are saved every few seconds.
@@ -140,8 +139,6 @@ def train(
         learner.load_state(state)
         del state
     from_samples = first_step * recipe.global_batch_size
-    if rank == 0 and report is not None:
-        report({"samples_seen": from_samples, "from_samples": from_samples})
 
     def spent() -> dict[str, float]:
         """What the training took so far, with the attempts before this one up to the states that went on."""
