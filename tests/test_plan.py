@@ -412,11 +412,12 @@ class Dealing(EngineHere):
     """Remembers the tasks of each evaluation that it runs."""
 
     def __init__(self):
-        self.dealt = []
+        self.dealt, self.labels = [], []
 
     def map(self, function, items, names, resources, on_done=None):
         if function is remote.evaluate_all:
             self.dealt.append([data.name for data in items[0][3]])
+            self.labels += names
         return super().map(function, items, names, resources, on_done)
 
 
@@ -431,6 +432,7 @@ def test_tasks_of_a_checkpoint_are_dealt_to_the_workers_of_eval(tmp_path, monkey
     names = [f"no_filter/seed0/eval/{task}" for task in tasks]
     assert not run_here(plan, names).failures
     assert sorted(map(len, engine.dealt)) == dealt
+    assert len(set(engine.labels)) == len(dealt)  # each is a line on the screen
     assert sorted(name for tasks_of_worker in engine.dealt for name in tasks_of_worker) == sorted(tasks)
 
 

@@ -34,10 +34,10 @@ class Board:
         self.looked = threading.Event()
 
     def posted(self):
-        self.looked.set()
         return dict(self.values)
 
     def warned(self):
+        self.looked.set()
         return dict(self.warnings)
 
 
@@ -80,6 +80,32 @@ def test_an_alarm_is_said_once_though_every_line_has_it(watched, tmp_path):
     assert [(event["step"], event["total"]) for event in starts] == [
         (LABEL, 320 - 32)
     ]  # one line was done in an earlier attempt
+
+
+def test_warnings_of_workers_are_said_at_once_and_then_now_and_then(watched, tmp_path, monkeypatch):
+    board, watching = watched
+    said = []
+    monkeypatch.setattr(watching._progress, "say", said.append)
+    for count in (1, 3, 5):
+        board.warnings["patience:156"] = (count, f"s3://bucket/{count} can't be read yet")
+        look_again(board)
+    assert said == ["warning: from a worker: s3://bucket/1 can't be read yet"]
+    watching.stop()
+    assert said[1:] == ["warning: from a worker: s3://bucket/5 can't be read yet (4 such warnings since the last one)"]
+    found = [event for event in events(tmp_path) if event["event"] == "warning"]
+    assert [(event["at"], event["count"]) for event in found] == [("patience:156", 1), ("patience:156", 5)]
+
+
+def test_the_samples_of_a_training_are_counted_to_the_last_though_the_board_missed_them(watched, tmp_path):
+    """One that went on from the 64 samples of an earlier attempt, and whose last lines came between two looks."""
+    board, watching = watched
+    with watching.training(LABEL, 320, str(tmp_path), {}):
+        board.values[LABEL] = line(3, from_samples=64)
+        look_again(board)
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in range(1, 11)))
+    assert watching._progress.units == {"samples": 320 - 64}
+    (start,) = [event for event in events(tmp_path) if event["event"] == "start"]
+    assert start["total"] == 320 - 64
 
 
 def test_an_alarm_that_the_board_missed_is_in_the_metrics(watched, tmp_path):
