@@ -315,7 +315,6 @@ class Executor:
         self.progress.start(label, len(todo))
         known: dict[str, dict] = {job.out_path: {} for job in jobs}
         rows = {shard.name: shard.rows for shard in shards}
-
         names = list(todo)
 
         def on_done(index: int, done: Mapping[str, Any]) -> None:
