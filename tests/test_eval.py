@@ -119,8 +119,8 @@ def shapes(tmp_path) -> TaskData:
     return resolve_task({"name": "shapes", "path": path, "metric": "mean_per_class_recall"})
 
 
-CAPTIONS = [
-    [f"photo {row} of a thing", "a thing", *(["seen from above", ""] if row % 3 == 0 else [])] for row in range(12)
+CAPTIONS = [  # to the random model, those of small numbers are alike but for a rounding error
+    [f"photo {37 * row} of a thing", "a thing", *(["seen from above", ""] if row % 3 == 0 else [])] for row in range(12)
 ]
 
 
