@@ -42,6 +42,7 @@ def test_a_submitted_job_gives_the_same_artifacts_and_exit_codes(winnow, cluster
     assert "exit code 2" in refused.stdout + refused.stderr or "code 2" in refused.stdout + refused.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_node_loses_nothing(winnow, cluster, local, tmp_path):
     """A second node joins, does part of the work and is killed in the middle; the artifacts are the same."""
     root = tmp_path / "root"

@@ -208,6 +208,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(winnow, finished, tmp_path):
     assert not [path for path in root.glob("*-*/**/*.tmp-*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_deduplication_that_was_killed_goes_on_to_the_same_bytes(winnow, tmp_path):
     """SIGKILL of driver and workers in the middle of a stage's shards, and then between passes over the whole pool."""
     settings = {

@@ -180,6 +180,7 @@ train_on_ray(train_set_path, out_path, recipe(), Seeds(0, 0), FIXED, report=repo
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_driver_and_a_final_error_leave_step_checkpoints_only(cluster, train_set_path, tmp_path):
     """The driver is killed at step 6; the next one goes on at step 5, and has what a worker raises at once."""
     if not cluster.worker_nodes:
@@ -283,6 +284,7 @@ def test_a_preempted_node_of_two_workers_saves_a_state_first(cluster, train_set_
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_machine_that_is_told_to_go_saves_a_state_first(cluster, train_set_path, tmp_path):
     """SIGTERM to the node of a training of one worker, as Kubernetes sends it: Ray drains it for a while, then it ends."""
     import ray
