@@ -466,9 +466,9 @@ class Executor:
         with self._watch.training(label, work.recipe.samples_seen, out_path, settings):
             if (resources.workers or 1) > 1:
                 arguments = (*arguments, resources, report, options)
-                together = resources, resources.min_workers or resources.workers or 1
+                workers = resources, resources.num_together
                 (facts,) = self.engine.map(
-                    remote.train_on_several, [arguments], [label], Resources(cpus=0), waits_for=together
+                    remote.train_on_several, [arguments], [label], Resources(cpus=0), waits_for=workers
                 )
                 self.engine.spend(facts["cpu_hours"], facts["gpu_hours"])
             else:

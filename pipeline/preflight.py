@@ -150,7 +150,7 @@ def requests(plan: Plan, step: Step) -> list[Request]:
     if step.kind == "task_images":  # decoding needs no GPU
         return [Request(place, resources.model_copy(update={"gpus": 0.0}))]
     if step.kind == "checkpoint":
-        return [Request(place, resources, resources.min_workers or resources.workers or 1)]
+        return [Request(place, resources, resources.num_together)]
     if isinstance(step.work, DownloadSettings) and "cpus" not in resources.model_fields_set:
         return [Request(place, resources.model_copy(update={"cpus": 1.0}))]  # all of the smallest node's
     return [Request(place, resources)]

@@ -77,9 +77,8 @@ def test_an_alarm_is_said_once_though_every_line_has_it(watched, tmp_path):
     alarms = [event for event in events(tmp_path) if event["event"] == "alarm"]
     assert [(event["step"], event["text"]) for event in alarms] == [(LABEL, STUCK)]
     starts = [event for event in events(tmp_path) if event["event"] == "start"]
-    assert [(event["step"], event["total"]) for event in starts] == [
-        (LABEL, 320 - 32)
-    ]  # one line was done in an earlier attempt
+    # one line was done in an earlier attempt
+    assert [(event["step"], event["total"]) for event in starts] == [(LABEL, 320 - 32)]
 
 
 def test_warnings_of_workers_are_said_at_once_and_then_now_and_then(watched, tmp_path, monkeypatch):

@@ -51,6 +51,11 @@ class Resources(Model):
     batch_size: int | None = Field(None, ge=1)
     max_concurrent: int | None = Field(None, ge=1)
 
+    @property
+    def num_together(self) -> int:
+        """How many workers one training needs at the same time, to begin or to go on."""
+        return self.min_workers or self.workers or 1
+
 
 class PoolConfig(Model):
     """Where pairs come from: one source, or several by name; and how they are cut into shards.

@@ -91,13 +91,8 @@ def cluster_is_there() -> bool:
 def this_machine() -> Machine:
     """What a Ray that is started here would offer, at most: Ray keeps some of the memory for itself."""
     num_cpus = float(os.cpu_count() or 1)
-    try:  # of a container: `200000 100000` or `max 100000`
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            num_cpus = min(num_cpus, max(1.0, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
+    if of_period := _container_limit("cpu.max"):
+        num_cpus = min(num_cpus, max(1.0, of_period[0] // of_period[1]))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         folder = "/proc/driver/nvidia/gpus"
@@ -105,12 +100,17 @@ def this_machine() -> Machine:
     else:
         num_gpus = len([device for device in visible.split(",") if device not in ("", "-1", "NoDevFiles")])
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:  # of a container: bytes, or `max`
-        with open("/sys/fs/cgroup/memory.max") as file:
-            memory_bytes = min(memory_bytes, int(file.read()))
-    except (OSError, ValueError):
-        pass
+    memory_bytes = min(memory_bytes, *(_container_limit("memory.max") or [memory_bytes]))
     return Machine("this machine", {"CPU": num_cpus, "GPU": float(num_gpus), "memory": float(memory_bytes)}, {})
+
+
+def _container_limit(name: str) -> list[int] | None:
+    """The numbers of a file of this container's control group; None where that is `max`, or there is none."""
+    try:
+        with open(f"/sys/fs/cgroup/{name}") as file:
+            return [int(word) for word in file.read().split()]
+    except (OSError, ValueError):
+        return None
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
